@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "lacuna/host.h"
+
+namespace lacuna {
+
+// Which of the two projections of a cross-attention layer an edit touches.
+enum class EditedMatrices { kKeyAndValue, kValueOnly };
+
+std::string_view to_string(EditedMatrices matrices);
+EditedMatrices edited_matrices_from_string(std::string_view text);
+
+// The projections of `model` that an edit touches, after these checks, each an Error:
+// no text cross-attention (names the family and what works), a text encoder of another width.
+std::vector<AttentionProjection> edited_projections(Denoiser& model, EditedMatrices matrices,
+                                                    int64_t text_width);
+
+// K = sum over projections of W^T W, [d, d] float64 CPU: the metric that tells how much a direction
+// of the text embedding matters to the model. Throws Error naming the layer when a weight has NaN
+// or infinity.
+at::Tensor projection_gram(Denoiser& model, const std::vector<AttentionProjection>& projections,
+                           Progress& progress);
+
+}  // namespace lacuna

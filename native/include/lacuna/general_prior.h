@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <span>
+#include <string_view>
+
+#include "lacuna/concept_set.h"
+#include "lacuna/host.h"
+
+namespace lacuna {
+
+// The general prior: what a text-to-image model must keep whatever is erased. Generic captions of
+// our own (native/data/generic_captions.txt), all positions of every caption.
+
+std::span<const std::string_view> generic_captions(GeneralPriorSize size);
+
+// Mean over captions of sum_positions e e^T, [d, d] float64 CPU; all zeros for kNone. Depends on the
+// text encoder only, so it is kept in encoder.cache_directory() under the encoder's fingerprint.
+// A cache file that cannot be read or written is ignored: the matrix is then computed again.
+at::Tensor general_prior_gram(TextEncoder& encoder, GeneralPriorSize size, Progress& progress);
+
+}  // namespace lacuna

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lacuna {
+
+// Everything Lacuna asks of the application that runs it (ComfyUI, a diffusers script, a test).
+// The core owns loops and maths; the host is called back for its own forward passes. A host signals
+// cancellation or failure by throwing; the core lets every exception pass through unchanged.
+
+class Progress {
+ public:
+  virtual ~Progress() = default;
+  // done of total units of work; may throw the host's interrupt.
+  virtual void report(int64_t done, int64_t total) = 0;
+  // Throws the host's interrupt when the user pressed Cancel. Called at least every two seconds.
+  virtual void check() = 0;
+};
+
+// A Progress that nobody watches.
+class SilentProgress final : public Progress {
+ public:
+  void report(int64_t, int64_t) override {}
+  void check() override {}
+};
+
+class TextEncoder {
+ public:
+  virtual ~TextEncoder() = default;
+  virtual int64_t width() = 0;   // d: 768 for SD1.x, 1024 for SD2.x, 2048 for SDXL
+  virtual int64_t window() = 0;  // tokens per prompt, 77
+  // Hash of the encoder's weights, equal in every host; empty when it cannot be known.
+  virtual std::string fingerprint() = 0;
+  // Folder for cached statistics; empty: none.
+  virtual std::string cache_directory() = 0;
+  // Literal text (no emphasis syntax) to ids with start and end token, unpadded, not truncated.
+  virtual std::vector<int64_t> tokenize(const std::string& text) = 0;
+  // [n, window, width] float32, any device: what cross-attention sees for each prompt.
+  virtual at::Tensor encode(const std::vector<std::string>& prompts) = 0;
+};
+
+enum class ProjectionRole { kKey, kValue };
+
+// One W_K or W_V of one cross-attention layer.
+struct AttentionProjection {
+  std::string name;       // the host's weight key
+  std::string lora_name;  // kohya module name, e.g. "lora_unet_down_blocks_0_..._attn2_to_k"
+  ProjectionRole role = ProjectionRole::kKey;
+};
+
+// W <- W + strength * (up @ down), or + strength * up when down is undefined (a full difference).
+struct WeightDelta {
+  std::string name;
+  at::Tensor up;    // [out, r], or [out, d] when down is undefined
+  at::Tensor down;  // [r, d]
+};
+
+struct SamplingRequest {
+  int64_t seed = 0;
+  int64_t steps = 20;
+  double cfg = 7.0;
+  std::string sampler = "euler";
+  std::string scheduler = "normal";
+  at::Tensor positive;  // [1, T, d]
+  at::Tensor negative;  // [1, T, d]
+  at::Tensor latent;    // [n, c, h, w]
+  double denoise = 1.0;
+};
+
+// A diffusion model as the user sees it: base weights plus the patches put on it so far. Immutable:
+// with_* returns another Denoiser that shares the base weights.
+class Denoiser {
+ public:
+  virtual ~Denoiser() = default;
+  virtual std::string family() = 0;       // "SD1.x", ... for messages
+  virtual std::string fingerprint() = 0;  // hash of the cross-attention base weights
+  // False when weights are stored packed, so that a patch cannot be merged exactly (GGUF, 4-bit).
+  virtual bool patchable() = 0;
+  // Empty when the model has no text cross-attention.
+  virtual std::vector<AttentionProjection> cross_attention() = 0;
+  // [out, d], upstream patches included, on the model's device. Must not be written to.
+  virtual at::Tensor effective_weight(const std::string& name) = 0;
+  virtual std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>& deltas,
+                                                       double strength) = 0;
+  // In every text cross-attention, e <- e + strength * key_delta e for keys, likewise for values.
+  // Undefined tensors leave that side alone. Maps are [d, d] float32.
+  virtual std::shared_ptr<Denoiser> with_context_map(const at::Tensor& key_delta,
+                                                     const at::Tensor& value_delta,
+                                                     double strength) = 0;
+  // Headless hosts only. on_step(done, total) is called after every step and may throw.
+  virtual at::Tensor sample(const SamplingRequest& request,
+                            const std::function<void(int64_t, int64_t)>& on_step) = 0;
+};
+
+class ImageDecoder {
+ public:
+  virtual ~ImageDecoder() = default;
+  virtual at::Tensor decode(const at::Tensor& latent) = 0;  // [n, H, W, 3] float32 in 0..1
+};
+
+struct Checkpoint {
+  std::shared_ptr<Denoiser> denoiser;
+  std::shared_ptr<TextEncoder> text_encoder;
+  std::shared_ptr<ImageDecoder> image_decoder;
+};
+
+// What the headless graph runner needs for a workflow's built-in nodes.
+class Application {
+ public:
+  virtual ~Application() = default;
+  virtual std::string output_directory() = 0;
+  virtual Checkpoint load_checkpoint(const std::string& name) = 0;
+  virtual std::shared_ptr<Denoiser> load_lora(const std::shared_ptr<Denoiser>& model,
+                                              const std::string& name, double strength) = 0;
+};
+
+}  // namespace lacuna

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/erasure_patch.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/matmul.h>
+
+#include "lacuna/error.h"
+#include "lacuna/safetensors_file.h"
+
+namespace lacuna {
+namespace {
+constexpr std::string_view kFormat = "lacuna.patch/1";
+constexpr std::string_view kB = ".b";
+constexpr std::string_view kR = ".r";
+}  // namespace
+
+bool ErasurePatch::edits(const AttentionProjection& projection) const {
+  return matrices == EditedMatrices::kKeyAndValue || projection.role == ProjectionRole::kValue;
+}
+
+at::Tensor weight_change(const ErasurePatch& patch, const AttentionProjection& projection,
+                         const at::Tensor& weight, double strength) {
+  const auto type = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor w = weight.detach().to(type);
+  const auto like = [&](const at::Tensor& t) { return t.to(w.device(), type); };
+  at::Tensor change = patch.edits(projection) ? at::matmul(w, like(patch.delta)) : w.mul(0.0);
+  if (auto it = patch.pairs.find(projection.lora_name); it != patch.pairs.end()) {
+    change.addmm_(like(it->second.b), like(it->second.r).transpose(0, 1));
+  }
+  return change.mul_(strength);
+}
+
+void save_patch(const ErasurePatch& patch, const std::string& path) {
+  SafetensorsFile file;
+  file.tensors["delta"] = patch.delta;
+  for (const auto& [name, pair] : patch.pairs) {
+    file.tensors[name + std::string(kB)] = pair.b;
+    file.tensors[name + std::string(kR)] = pair.r;
+  }
+  file.metadata = patch.metadata;
+  file.metadata["format"] = kFormat;
+  file.metadata["matrices"] = to_string(patch.matrices);
+  save_safetensors(file, path);
+}
+
+ErasurePatch load_patch(const std::string& path) {
+  SafetensorsFile file = load_safetensors(path);
+  const auto fail = [&](const std::string& what) {
+    return Error("'" + path + "' is not a Lacuna patch: " + what);
+  };
+  if (file.metadata["format"] != kFormat) throw fail("its format is not lacuna.patch/1");
+  ErasurePatch patch;
+  patch.matrices = edited_matrices_from_string(file.metadata["matrices"]);
+  file.metadata.erase("format");
+  file.metadata.erase("matrices");
+  patch.metadata = file.metadata;
+  for (auto& [name, tensor] : file.tensors) {
+    if (name == "delta") {
+      if (tensor.dim() != 2 || tensor.size(0) != tensor.size(1)) throw fail("delta is not square");
+      patch.delta = tensor.to(at::kDouble);
+    } else if (tensor.dim() == 2 && name.ends_with(kB)) {
+      patch.pairs[name.substr(0, name.size() - kB.size())].b = tensor;
+    } else if (tensor.dim() == 2 && name.ends_with(kR)) {
+      patch.pairs[name.substr(0, name.size() - kR.size())].r = tensor;
+    } else {
+      throw fail("unexpected tensor '" + name + "'");
+    }
+  }
+  if (!patch.delta.defined()) throw fail("delta is missing");
+  for (const auto& [name, pair] : patch.pairs) {
+    if (!pair.b.defined() || !pair.r.defined() || pair.b.size(1) != pair.r.size(1) ||
+        pair.r.size(0) != patch.delta.size(0)) {
+      throw fail("the low-rank pair of '" + name + "' does not fit");
+    }
+  }
+  return patch;
+}
+
+}  // namespace lacuna

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/general_prior.h"
+
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "embedded_lines.h"
+#include "lacuna/error.h"
+#include "lacuna/safetensors_file.h"
+#include "lacuna/text_statistics.h"
+
+namespace lacuna {
+namespace {
+
+constexpr size_t kSmallCaptions = 200;
+constexpr size_t kCaptionsPerCall = 8;
+// Raised when the captions change, so that old cache files are not used.
+constexpr std::string_view kCaptionsVersion = "1";
+
+std::optional<at::Tensor> read_cache(const std::string& path, int64_t width) {
+  try {
+    const SafetensorsFile file = load_safetensors(path);
+    const at::Tensor gram = file.tensors.at("gram");
+    if (gram.dim() == 2 && gram.size(0) == width && gram.size(1) == width &&
+        gram.scalar_type() == at::kDouble && at::isfinite(gram).all().item<bool>()) {
+      return gram;
+    }
+  } catch (const Error&) {
+    // Absent or damaged: computed again below.
+  } catch (const std::out_of_range&) {
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::span<const std::string_view> generic_captions(GeneralPriorSize size) {
+  const std::span<const std::string_view> all = embedded::generic_captions();
+  switch (size) {
+    case GeneralPriorSize::kNone:
+      return {};
+    case GeneralPriorSize::kSmall:
+      return all.first(std::min(kSmallCaptions, all.size()));
+    case GeneralPriorSize::kFull:
+      break;
+  }
+  return all;
+}
+
+at::Tensor general_prior_gram(TextEncoder& encoder, GeneralPriorSize size, Progress& progress) {
+  const int64_t d = encoder.width();
+  const std::span<const std::string_view> captions = generic_captions(size);
+  at::Tensor gram = at::zeros({d, d}, at::kDouble);
+  if (captions.empty()) return gram;
+
+  std::string cache;
+  if (!encoder.cache_directory().empty() && !encoder.fingerprint().empty()) {
+    cache = encoder.cache_directory() + "/general_prior_" + encoder.fingerprint() + "_" +
+            std::string(to_string(size)) + "_v" + std::string(kCaptionsVersion) + ".safetensors";
+    if (auto known = read_cache(cache, d)) return *known;
+  }
+
+  for (size_t begin = 0; begin < captions.size(); begin += kCaptionsPerCall) {
+    const size_t end = std::min(captions.size(), begin + kCaptionsPerCall);
+    progress.check();
+    const std::vector<std::string> batch(captions.begin() + begin, captions.begin() + end);
+    const at::Tensor rows = encoder.encode(batch).reshape({-1, d}).to(at::kCPU, at::kDouble);
+    add_gram_upper(gram, rows, 1.0 / static_cast<double>(captions.size()));
+    progress.report(static_cast<int64_t>(end), static_cast<int64_t>(captions.size()));
+  }
+  gram = symmetrize_upper(gram);
+  if (!cache.empty()) {
+    try {
+      save_safetensors({{{"gram", gram}}, {{"format", "lacuna.general_prior/1"}}}, cache);
+    } catch (const Error&) {
+      // A cache that cannot be written costs time later, never a result.
+    }
+  }
+  return gram;
+}
+
+}  // namespace lacuna

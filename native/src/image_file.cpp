@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/image_file.h"
+
+#define STBI_NO_STDIO
+#define STBI_WRITE_NO_STDIO
+#include <ATen/ops/from_blob.h>
+#include <stb_image.h>
+#include <stb_image_write.h>
+
+#include <array>
+#include <cstdint>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <vector>
+
+#include "lacuna/error.h"
+#include "lacuna/output_file.h"
+
+namespace lacuna {
+namespace {
+
+constexpr int64_t kMaxPixels = 64ll << 20;
+constexpr size_t kAfterHeader = 8 + 25;  // PNG signature and IHDR chunk: tEXt may follow
+
+void append_big_endian(std::string& out, uint32_t value) {
+  for (int shift = 24; shift >= 0; shift -= 8) out += static_cast<char>((value >> shift) & 0xff);
+}
+
+// CRC-32 of the PNG specification; stb keeps its own private.
+uint32_t crc32(std::string_view bytes) {
+  uint32_t crc = 0xffffffffu;
+  for (unsigned char byte : bytes) {
+    crc ^= byte;
+    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) ? 0xedb88320u : 0u);
+  }
+  return ~crc;
+}
+
+// JSON escapes keep the text ASCII, which tEXt (Latin-1) needs.
+std::string text_chunk(const std::string& keyword, const std::string& text) {
+  const std::string body = "tEXt" + keyword + '\0' + text;
+  std::string chunk;
+  append_big_endian(chunk, static_cast<uint32_t>(body.size() - 4));
+  chunk += body;
+  append_big_endian(chunk, crc32(body));
+  return chunk;
+}
+
+}  // namespace
+
+void save_png(const at::Tensor& image, const std::string& path,
+              const std::map<std::string, std::string>& text) {
+  if (image.dim() != 3 || image.size(2) != 3 || image.numel() == 0) {
+    throw Error("cannot write '" + path + "': an image must be [height, width, 3]");
+  }
+  const at::Tensor pixels = image.detach()
+                                .to(at::kCPU, at::kFloat)
+                                .clamp(0, 1)
+                                .mul(255)
+                                .round()
+                                .to(at::kByte)
+                                .contiguous();
+  std::string png;
+  const auto append = [](void* context, void* data, int size) {
+    static_cast<std::string*>(context)->append(static_cast<const char*>(data), size);
+  };
+  const int width = static_cast<int>(image.size(1));
+  const int height = static_cast<int>(image.size(0));
+  if (stbi_write_png_to_func(append, &png, width, height, 3, pixels.const_data_ptr<uint8_t>(),
+                             width * 3) == 0) {
+    throw Error("cannot encode '" + path + "' as PNG");
+  }
+  std::string chunks;
+  for (const auto& [keyword, value] : text) chunks += text_chunk(keyword, value);
+  png.insert(kAfterHeader, chunks);
+
+  OutputFile out(path);
+  out.write(png);
+  out.commit();
+}
+
+at::Tensor load_image(const std::string& path) {
+  std::ifstream stream(path, std::ios::binary);
+  if (!stream) throw Error("cannot open '" + path + "'");
+  const std::vector<char> bytes{std::istreambuf_iterator<char>(stream), {}};
+  const auto* data = reinterpret_cast<const stbi_uc*>(bytes.data());
+  const int size = static_cast<int>(bytes.size());
+  int width = 0;
+  int height = 0;
+  int channels = 0;
+  // The header tells the size before any pixel is decoded.
+  if (stbi_info_from_memory(data, size, &width, &height, &channels) == 0) {
+    throw Error("'" + path + "' is not a readable PNG or JPEG picture");
+  }
+  if (static_cast<int64_t>(width) * height > kMaxPixels) {
+    throw Error("'" + path + "' has more than 64 megapixels; make it smaller");
+  }
+  const std::unique_ptr<stbi_uc, void (*)(void*)> pixels(
+      stbi_load_from_memory(data, size, &width, &height, &channels, 3), stbi_image_free);
+  if (!pixels) throw Error("'" + path + "' is not a readable PNG or JPEG picture");
+  return at::from_blob(pixels.get(), {height, width, 3}, at::TensorOptions(at::kByte))
+      .to(at::kFloat)
+      .div_(255);
+}
+
+}  // namespace lacuna

@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/refinement.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "lacuna/error.h"
+#include "lacuna/general_prior.h"
+#include "lacuna/prompt_templates.h"
+#include "lacuna/spd_solver.h"
+#include "lacuna/token_alignment.h"
+
+namespace lacuna {
+namespace {
+
+// Small enough that one call stays well under the two seconds between cancellation checks on a
+// desktop CPU, large enough to fill a GPU.
+constexpr int64_t kPromptsPerCall = 8;
+
+// Embeddings carry float32 rounding; eigenvalues of a Gram matrix below this share of the largest
+// one are noise.
+constexpr double kNoiseFloor = 1e-10;
+
+// Ridge of the adversarial embeddings, relative to the mean eigenvalue of sum W^T W.
+constexpr double kAdversarialRidge = 1e-2;
+
+std::vector<std::string> prompts_of(ConceptKind kind, int templates, const std::string& phrase) {
+  std::vector<std::string> prompts;
+  for (std::string_view prompt_template : prompt_templates(kind).first(templates)) {
+    prompts.push_back(fill_template(prompt_template, phrase));
+  }
+  return prompts;
+}
+
+// Encodes in small batches; reports one unit of work per batch.
+class BatchEncoder {
+ public:
+  BatchEncoder(TextEncoder& encoder, Progress& progress) : encoder_(encoder), progress_(progress) {}
+
+  static int64_t batches(int64_t prompts) {
+    return (prompts + kPromptsPerCall - 1) / kPromptsPerCall;
+  }
+  void expect(int64_t batches) { total_ += batches; }
+
+  // [n, window, d]
+  at::Tensor encode(const std::vector<std::string>& prompts) {
+    std::vector<at::Tensor> parts;
+    for (size_t begin = 0; begin < prompts.size(); begin += kPromptsPerCall) {
+      const size_t end = std::min(prompts.size(), begin + kPromptsPerCall);
+      progress_.check();
+      at::Tensor part = encoder_.encode({prompts.begin() + begin, prompts.begin() + end});
+      if (part.dim() != 3 || part.size(0) != static_cast<int64_t>(end - begin) ||
+          part.size(1) != encoder_.window() || part.size(2) != encoder_.width()) {
+        throw Error("the text encoder returned embeddings of an unexpected shape");
+      }
+      parts.push_back(part.to(at::kCPU));
+      progress_.report(++done_, total_);
+    }
+    return at::cat(parts);
+  }
+
+ private:
+  TextEncoder& encoder_;
+  Progress& progress_;
+  int64_t done_ = 0;
+  int64_t total_ = 0;
+};
+
+// Anchors are often shared by a whole list: each is encoded once and dropped after its last use.
+class AnchorEmbeddings {
+ public:
+  explicit AnchorEmbeddings(BatchEncoder& encoder) : encoder_(encoder) {}
+
+  void expect(const Concept& item) {
+    if (++uses_[key(item)] == 1) encoder_.expect(BatchEncoder::batches(item.templates));
+  }
+
+  at::Tensor take(const Concept& item) {
+    const std::string k = key(item);
+    auto it = embeddings_.find(k);
+    if (it == embeddings_.end()) {
+      it = embeddings_.emplace(k, encoder_.encode(prompts_of(item.kind, item.templates, item.anchor)))
+               .first;
+    }
+    at::Tensor result = it->second;
+    if (--uses_[k] == 0) embeddings_.erase(it);
+    return result;
+  }
+
+ private:
+  static std::string key(const Concept& item) {
+    return std::string(to_string(item.kind)) + '\n' + std::to_string(item.templates) + '\n' +
+           item.anchor;
+  }
+
+  BatchEncoder& encoder_;
+  std::unordered_map<std::string, int64_t> uses_;
+  std::unordered_map<std::string, at::Tensor> embeddings_;
+};
+
+TokenSpan phrase_span(TextEncoder& encoder, std::string_view prompt_template,
+                      const std::string& phrase) {
+  // Byte-pair encoding works word by word, so the tokens before the slot do not depend on the
+  // phrase. Counts below leave out the start and end tokens.
+  const std::string before = prefix_of_template(prompt_template);
+  const auto count = [&](const std::string& text) {
+    return static_cast<int64_t>(encoder.tokenize(text).size()) - 2;
+  };
+  const int64_t begin = 1 + (before.empty() ? 0 : count(before));
+  return {begin, begin + count(phrase)};
+}
+
+// One concept's statistics, divided by the number of templates.
+TextStatistics collect_concept(TextEncoder& encoder, BatchEncoder& batches,
+                               AnchorEmbeddings& anchors, const Concept& item,
+                               const RefinementOptions& options) {
+  const EditMethod& method = edit_method(options.method);
+  const int64_t d = encoder.width();
+  const double weight = 1.0 / item.templates;
+  const at::Tensor anchor_embeddings = anchors.take(item);
+  StatisticsAccumulator sums(d);
+  for (const std::string& phrase : phrases(item)) {
+    const std::vector<std::string> targets = prompts_of(item.kind, item.templates, phrase);
+    const at::Tensor target_embeddings = batches.encode(targets);
+    std::vector<at::Tensor> from;
+    std::vector<at::Tensor> to;
+    for (int i = 0; i < item.templates; ++i) {
+      const std::string_view prompt_template = prompt_templates(item.kind)[i];
+      PromptPair pair;
+      pair.target_ids = encoder.tokenize(targets[i]);
+      pair.anchor_ids = encoder.tokenize(fill_template(prompt_template, item.anchor));
+      pair.target_phrase = phrase_span(encoder, prompt_template, phrase);
+      pair.anchor_phrase = phrase_span(encoder, prompt_template, item.anchor);
+      pair.window = encoder.window();
+      const int64_t prefix = align_tokens(pair.target_ids, pair.anchor_ids, pair.window).prefix;
+      const TokenAlignment rows = method.rows(pair, options.read_at);
+      const at::Tensor target_rows = at::tensor(rows.target, at::kLong);
+      at::Tensor f = target_embeddings[i].index_select(0, target_rows);
+      at::Tensor g = anchor_embeddings[i].index_select(0, at::tensor(rows.anchor, at::kLong));
+      // Identical by causality; what differs there is only rounding between two batches.
+      for (size_t k = 0; k < rows.target.size(); ++k) {
+        if (rows.target[k] == rows.anchor[k] && rows.target[k] < prefix) {
+          g[static_cast<int64_t>(k)].copy_(f[static_cast<int64_t>(k)]);
+        }
+      }
+      from.push_back(f);
+      to.push_back(g);
+    }
+    sums.add_pairs(at::cat(from), at::cat(to), weight);
+  }
+  return sums.finish();
+}
+
+TextStatistics collect_preserved(TextEncoder& encoder, BatchEncoder& batches,
+                                 const PreservedPhrase& item) {
+  StatisticsAccumulator sums(encoder.width());
+  const at::Tensor embeddings = batches.encode(prompts_of(item.kind, item.templates, item.phrase));
+  sums.add_kept(embeddings.reshape({-1, encoder.width()}), 1.0 / item.templates);
+  return sums.finish();
+}
+
+std::string cache_key(const std::string& fingerprint, const Concept& item,
+                      const RefinementOptions& options) {
+  std::string key = fingerprint + "\nconcept\n" + options.method + '\n' +
+                    std::string(to_string(options.read_at)) + '\n' +
+                    std::string(to_string(item.kind)) + '\n' + std::to_string(item.templates) +
+                    '\n' + item.anchor;
+  for (const std::string& phrase : phrases(item)) key += '\n' + phrase;
+  return key;
+}
+
+std::string cache_key(const std::string& fingerprint, const PreservedPhrase& item) {
+  return fingerprint + "\npreserved\n" + std::string(to_string(item.kind)) + '\n' +
+         std::to_string(item.templates) + '\n' + item.phrase;
+}
+
+void check_range(double value, double low, double high, const char* name) {
+  if (!(value >= low && value <= high)) {
+    throw Error("'" + std::string(name) + "' must be between " + std::to_string(low) + " and " +
+                std::to_string(high));
+  }
+}
+
+}  // namespace
+
+void check(const RefinementOptions& options) {
+  edit_method(options.method).check(options.read_at);
+  check_range(options.regularization, 0.0, 1e9, "regularization");
+  check_range(options.preserve_weight, 0.0, 1e9, "preserve_weight");
+  check_range(options.prior_weight, 0.0, 1e9, "prior_weight");
+  check_range(options.adversarial_rounds, 0, 3, "adversarial_rounds");
+}
+
+void check_phrases(TextEncoder& encoder, const ConceptSet& set) {
+  const auto check_fit = [&](ConceptKind kind, int templates, const std::string& phrase) {
+    for (const std::string& prompt : prompts_of(kind, templates, phrase)) {
+      const auto tokens = static_cast<int64_t>(encoder.tokenize(prompt).size());
+      if (tokens > encoder.window()) {
+        throw Error("'" + phrase.substr(0, 60) + "' is too long: its prompts need " +
+                    std::to_string(tokens) + " tokens, the text encoder reads " +
+                    std::to_string(encoder.window()) + "; shorten the phrase");
+      }
+    }
+  };
+  for (const Concept& item : set.concepts) {
+    check_fit(item.kind, item.templates, item.anchor);
+    for (const std::string& phrase : phrases(item)) {
+      check_fit(item.kind, item.templates, phrase);
+      const std::vector<int64_t> ids = encoder.tokenize(phrase);
+      if (ids.size() <= 2) {
+        throw Error("the text encoder reads nothing in '" + phrase + "'; use other words");
+      }
+      if (ids == encoder.tokenize(item.anchor)) {
+        throw Error("the text encoder reads '" + phrase + "' and its anchor '" + item.anchor +
+                    "' as the same words; choose another anchor");
+      }
+    }
+  }
+  for (const PreservedPhrase& item : set.preserve) check_fit(item.kind, item.templates, item.phrase);
+}
+
+const TextStatistics* StatisticsCache::find(const std::string& key) {
+  auto it = index_.find(key);
+  if (it == index_.end()) return nullptr;
+  entries_.splice(entries_.begin(), entries_, it->second);
+  return &entries_.front().second;
+}
+
+void StatisticsCache::insert(const std::string& key, TextStatistics statistics) {
+  if (index_.contains(key) || statistics.bytes() > capacity_) return;
+  bytes_ += statistics.bytes();
+  entries_.emplace_front(key, std::move(statistics));
+  index_[key] = entries_.begin();
+  while (bytes_ > capacity_) {
+    bytes_ -= entries_.back().second.bytes();
+    index_.erase(entries_.back().first);
+    entries_.pop_back();
+  }
+}
+
+RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
+                                  const RefinementOptions& options, StatisticsCache* cache,
+                                  Progress& progress) {
+  const int64_t d = encoder.width();
+  const std::string fingerprint = encoder.fingerprint();
+  if (fingerprint.empty()) cache = nullptr;
+  const auto cached = [&](const std::string& key) {
+    return cache == nullptr ? nullptr : cache->find(key);
+  };
+
+  RefinementProblem problem;
+  problem.prior = general_prior_gram(encoder, set.general_prior, progress);
+
+  BatchEncoder batches(encoder, progress);
+  AnchorEmbeddings anchors(batches);
+  std::vector<const Concept*> to_encode;
+  TextStatistics sum = TextStatistics::zeros(d);
+  for (const Concept& item : set.concepts) {
+    if (const TextStatistics* known = cached(cache_key(fingerprint, item, options))) {
+      sum.add(*known);
+      continue;
+    }
+    to_encode.push_back(&item);
+    anchors.expect(item);
+    batches.expect(BatchEncoder::batches(item.templates) *
+                   static_cast<int64_t>(phrases(item).size()));
+  }
+  at::Tensor preserve = at::zeros({d, d}, at::kDouble);
+  std::vector<const PreservedPhrase*> preserve_to_encode;
+  for (const PreservedPhrase& item : set.preserve) {
+    if (const TextStatistics* known = cached(cache_key(fingerprint, item))) {
+      preserve.add_(known->kept);
+      continue;
+    }
+    preserve_to_encode.push_back(&item);
+    batches.expect(BatchEncoder::batches(item.templates));
+  }
+
+  for (const Concept* item : to_encode) {
+    TextStatistics statistics = collect_concept(encoder, batches, anchors, *item, options);
+    sum.add(statistics);
+    if (cache != nullptr) cache->insert(cache_key(fingerprint, *item, options), std::move(statistics));
+  }
+  for (const PreservedPhrase* item : preserve_to_encode) {
+    TextStatistics statistics = collect_preserved(encoder, batches, *item);
+    preserve.add_(statistics.kept);
+    if (cache != nullptr) cache->insert(cache_key(fingerprint, *item), std::move(statistics));
+  }
+  problem.concepts = std::move(sum);
+  problem.preserve = std::move(preserve);
+  return problem;
+}
+
+Refinement solve_refinement(const RefinementProblem& problem, const RefinementOptions& options,
+                            const at::Tensor& projection_gram) {
+  check(options);
+  const int64_t d = problem.concepts.width();
+  const at::Tensor identity = at::eye(d, at::kDouble);
+  at::Tensor base = problem.concepts.kept + identity * options.regularization;
+  if (problem.preserve.defined()) base.add_(problem.preserve, options.preserve_weight);
+  if (problem.prior.defined()) base.add_(problem.prior, options.prior_weight);
+  at::Tensor edited = problem.concepts.edited.clone();
+  at::Tensor shift = problem.concepts.shift.clone();
+
+  Refinement result;
+  result.matrices = options.matrices;
+  result.options = options;
+  const auto solve = [&] {
+    const SpdSolver solver(edited + base, kNoiseFloor);
+    result.condition = solver.condition();
+    result.floor_added = solver.floor_added();
+    result.delta = solver.solve_right(shift);
+  };
+  solve();
+  for (int round = 0; round < options.adversarial_rounds; ++round) {
+    // RECE: the embedding f' = T f that the edited model reads like the original reads f,
+    //   T = (N^T K N + ridge I)^-1 N^T K,  K = sum over projections of W^T W,
+    // becomes another row to edit. T is linear, so the rows themselves are not needed.
+    if (!projection_gram.defined()) throw Error("adversarial rounds need the model's projections");
+    const at::Tensor n = identity + result.delta;
+    const at::Tensor ntk = at::matmul(n.transpose(0, 1), projection_gram);
+    const double ridge = kAdversarialRidge * projection_gram.diagonal().mean().item<double>();
+    const at::Tensor t = SpdSolver(at::matmul(ntk, n) + identity * ridge).solve(ntk);
+    const at::Tensor tt = t.transpose(0, 1);
+    const at::Tensor second = at::matmul(at::matmul(t, problem.concepts.edited), tt);
+    shift += at::matmul(problem.concepts.shift + problem.concepts.edited, tt) - second;
+    edited += second;
+    solve();
+  }
+  return result;
+}
+
+}  // namespace lacuna

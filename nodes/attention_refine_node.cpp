@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nodes/attention_refine_node.h"
+
+#include <cmath>
+#include <cstdio>
+
+#include "lacuna/attention_projection.h"
+#include "lacuna/erasure_patch.h"
+#include "lacuna/lora_export.h"
+#include "lacuna/low_rank.h"
+
+namespace lacuna {
+namespace {
+
+// Statistics of 50 SD1.x concepts; SDXL concepts are seven times larger.
+constexpr int64_t kCacheBytes = 768ll << 20;
+
+RefinementOptions read_options(const NodeInputs& inputs) {
+  RefinementOptions options;
+  options.method = inputs.string("method");
+  options.read_at = read_at_from_string(inputs.string("read_at"));
+  options.matrices = edited_matrices_from_string(inputs.string("matrices"));
+  options.regularization = inputs.number("regularization");
+  options.preserve_weight = inputs.number("preserve_weight");
+  options.prior_weight = inputs.number("prior_weight");
+  options.adversarial_rounds = static_cast<int>(inputs.integer("adversarial_rounds"));
+  return options;
+}
+
+std::string format(const char* pattern, double a, double b = 0.0) {
+  char text[200];
+  std::snprintf(text, sizeof text, pattern, a, b);
+  return text;
+}
+
+std::string report(const Refinement& refinement, const LoraExport& lora, double relative_edit,
+                   bool as_weights) {
+  const size_t n = refinement.concepts.concepts.size();
+  std::string text = "Erased " + std::to_string(n) + (n == 1 ? " concept" : " concepts") + " with '" +
+                     refinement.options.method + "':";
+  for (size_t i = 0; i < n && i < 10; ++i) {
+    const Concept& item = refinement.concepts.concepts[i];
+    text += (i == 0 ? " " : "; ") + item.target + " -> " + item.anchor;
+  }
+  if (n > 10) text += "; and " + std::to_string(n - 10) + " more";
+  text += ".\nPreserved: " + std::to_string(refinement.concepts.preserve.size()) +
+          " phrases, general prior " + std::string(to_string(refinement.concepts.general_prior)) + ".";
+  text += format("\nEdit: %.1f %% of the projections' norm, condition number %.2g", 100 * relative_edit,
+                 refinement.condition);
+  text += refinement.floor_added > 0.0 ? format(", floor %.2g added.", refinement.floor_added) : ".";
+  text += as_weights ? "\nApplied to the weights." : "\nApplied to the conditioning (packed weights).";
+  text += "\nLoRA: rank " + std::to_string(lora.rank) +
+          format(", leaves out %.3g %% of the edit.", 100 * lora.residual);
+  return text;
+}
+
+}  // namespace
+
+AttentionRefineNode::AttentionRefineNode() : cache_(kCacheBytes) {}
+
+const NodeSchema& AttentionRefineNode::schema() const {
+  static const NodeSchema schema{
+      .id = "LacunaAttentionRefine",
+      .display_name = "Attention Refine",
+      .description =
+          "Makes the model forget the concepts in seconds, without training: a closed-form edit of "
+          "the cross-attention keys and values. Use the MODEL as usual, or save the LoRA.",
+      .category = "lacuna",
+      .search_aliases = {"forget", "unlearn", "erase concept", "remove concept", "UCE", "MACE",
+                         "concept erasure"},
+      .inputs =
+          {
+              {.id = "model",
+               .display_name = "model",
+               .type = socket::kModel,
+               .tooltip = "The model to edit; LoRAs loaded before are taken into account. It is not "
+                          "changed itself."},
+              {.id = "clip",
+               .display_name = "clip",
+               .type = socket::kClip,
+               .tooltip = "The text encoder of the same checkpoint."},
+              {.id = "concepts",
+               .display_name = "concepts",
+               .type = socket::kConcepts,
+               .tooltip = "From Concept Set."},
+              {.id = "method",
+               .display_name = "method",
+               .type = socket::kCombo,
+               .tooltip = "uce: the phrase itself and everything after it in the prompt read as the "
+                          "anchor; erases on its own. mace: only the words around the phrase, the "
+                          "end of text and the padding; the first half of MACE, to be followed by "
+                          "LoRA training.",
+               .default_value = std::string("uce"),
+               .options = edit_method_names()},
+              {.id = "strength",
+               .display_name = "strength",
+               .type = socket::kFloat,
+               .tooltip = "0: the model as it was, 1: the computed edit. Linear in between.",
+               .default_value = 1.0,
+               .min = 0.0,
+               .max = 2.0,
+               .step = 0.05},
+              {.id = "matrices",
+               .display_name = "matrices",
+               .type = socket::kCombo,
+               .tooltip = "key+value erases more; value alone keeps the layout of the picture.",
+               .advanced = true,
+               .default_value = std::string("key+value"),
+               .options = {"key+value", "value"}},
+              {.id = "read_at",
+               .display_name = "read at",
+               .type = socket::kCombo,
+               .tooltip = "Which token positions are edited: all, the phrase's own (subject), or the "
+                          "end of text and padding only.",
+               .advanced = true,
+               .default_value = std::string("all"),
+               .options = {"all", "subject", "end_of_text"}},
+              {.id = "regularization",
+               .display_name = "regularization",
+               .type = socket::kFloat,
+               .tooltip = "Resistance to any change. Raise it when pictures break, lower it when the "
+                          "concept comes through.",
+               .advanced = true,
+               .default_value = RefinementOptions{}.regularization,
+               .min = 0.0,
+               .max = 10000.0,
+               .step = 0.01},
+              {.id = "preserve_weight",
+               .display_name = "preserve weight",
+               .type = socket::kFloat,
+               .tooltip = "Weight of a preserved phrase; an erased one counts 1.",
+               .default_value = RefinementOptions{}.preserve_weight,
+               .min = 0.0,
+               .max = 1000.0,
+               .step = 0.1},
+              {.id = "prior_weight",
+               .display_name = "prior weight",
+               .type = socket::kFloat,
+               .tooltip = "Weight of the general prior of the Concept Set.",
+               .advanced = true,
+               .default_value = RefinementOptions{}.prior_weight,
+               .min = 0.0,
+               .max = 1000.0,
+               .step = 0.1},
+              {.id = "adversarial_rounds",
+               .display_name = "adversarial rounds",
+               .type = socket::kInt,
+               .tooltip = "Each round finds the embeddings that would still bring the concepts back "
+                          "and erases them too. More robust, less is kept.",
+               .advanced = true,
+               .default_value = int64_t{0},
+               .min = 0,
+               .max = 3,
+               .step = 1},
+              {.id = "apply_as",
+               .display_name = "apply as",
+               .type = socket::kCombo,
+               .tooltip = "weights: a weight patch, as a LoRA. conditioning: the same edit made on "
+                          "the text embedding inside cross-attention, for packed weights (GGUF, "
+                          "4-bit). auto: weights where possible.",
+               .advanced = true,
+               .default_value = std::string("auto"),
+               .options = {"auto", "weights", "conditioning"}},
+              {.id = "lora_rank",
+               .display_name = "LoRA rank",
+               .type = socket::kInt,
+               .tooltip = "Largest rank of the LoRA output. The report says what it leaves out.",
+               .advanced = true,
+               .default_value = int64_t{64},
+               .min = 1,
+               .max = 768,
+               .step = 1},
+          },
+      .outputs = {{"model", "model", socket::kModel, "The model without the concepts."},
+                  {"refinement", "refinement", socket::kRefinement,
+                   "The edit itself, for LoRA training on top of it."},
+                  {"lora", "lora", socket::kLoraModel,
+                   "The edit as a LoRA for Save LoRA; loads in ComfyUI, A1111/Forge and diffusers."},
+                  {"report", "report", socket::kString, "What was done, in numbers."}},
+  };
+  return schema;
+}
+
+void AttentionRefineNode::validate(const NodeInputs& constants) const {
+  lacuna::check(read_options(constants));
+}
+
+NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress) {
+  const auto& model = inputs.get<std::shared_ptr<Denoiser>>("model");
+  const auto& clip = inputs.get<std::shared_ptr<TextEncoder>>("clip");
+  const ConceptSet& concepts = *inputs.get<std::shared_ptr<const ConceptSet>>("concepts");
+  const RefinementOptions options = read_options(inputs);
+  const double strength = inputs.number("strength");
+  const std::string& apply_as = inputs.string("apply_as");
+
+  // Everything that can be refused is refused before the first prompt is encoded.
+  lacuna::check(options);
+  lacuna::validate(concepts);
+  const std::vector<AttentionProjection> projections =
+      edited_projections(*model, options.matrices, clip->width());
+  if (apply_as == "weights" && !model->patchable()) {
+    throw Error("this model's weights are packed and cannot be patched exactly; set 'apply as' to "
+                "conditioning");
+  }
+  check_phrases(*clip, concepts);
+  const at::Tensor gram = projection_gram(*model, projections, progress);
+
+  const RefinementProblem problem = collect_problem(*clip, concepts, options, &cache_, progress);
+  Refinement refinement = solve_refinement(problem, options, gram);
+  refinement.concepts = concepts;
+  refinement.encoder_fingerprint = clip->fingerprint();
+
+  const SharedFactorization factors(refinement.delta, gram);
+  const LoraExport lora =
+      export_lora(*model, projections, refinement.delta, factors, inputs.integer("lora_rank"),
+                  strength, progress);
+
+  const bool as_weights = apply_as == "weights" || (apply_as == "auto" && model->patchable());
+  std::shared_ptr<Denoiser> erased;
+  if (as_weights) {
+    erased = model->with_weight_deltas(
+        weight_deltas(*model, projections, refinement.delta, factors, progress), strength);
+  } else {
+    const at::Tensor map = refinement.delta.to(at::kFloat);
+    erased = model->with_context_map(
+        options.matrices == EditedMatrices::kKeyAndValue ? map : at::Tensor(), map, strength);
+  }
+
+  const double original_norm = std::sqrt(gram.diagonal().sum().item<double>());
+  NodeResult result;
+  std::string text =
+      report(refinement, lora, strength * factors.edit_norm() / original_norm, as_weights);
+  result.text = {text};
+  result.outputs = {std::move(erased), std::make_shared<const Refinement>(std::move(refinement)),
+                    std::make_shared<const LoraTensors>(lora.tensors), std::move(text)};
+  return result;
+}
+
+}  // namespace lacuna

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "lacuna/refinement.h"
+#include "nodes/node.h"
+
+namespace lacuna {
+
+// Closed-form erasure: MODEL and CLIP in, forgetting MODEL out.
+class AttentionRefineNode final : public Node {
+ public:
+  AttentionRefineNode();
+  const NodeSchema& schema() const override;
+  void validate(const NodeInputs& constants) const override;
+  NodeResult run(const NodeInputs& inputs, Progress& progress) override;
+
+ private:
+  StatisticsCache cache_;
+};
+
+}  // namespace lacuna

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nodes/concept_set_node.h"
+
+#include "lacuna/concept_set.h"
+#include "lacuna/prompt_templates.h"
+
+namespace lacuna {
+namespace {
+
+ConceptSet read_set(const NodeInputs& inputs) {
+  ConceptDefaults defaults;
+  defaults.kind = concept_kind_from_string(inputs.string("kind"));
+  defaults.anchor = inputs.string("default_anchor");
+  defaults.templates = static_cast<int>(inputs.integer("templates"));
+  ConceptSet set = parse_concepts(inputs.string("concepts"), defaults);
+  for (PreservedPhrase& item : parse_preserve_lines(inputs.string("preserve"), defaults)) {
+    set.preserve.push_back(std::move(item));
+  }
+  set.general_prior = general_prior_from_string(inputs.string("general_prior"));
+  return set;
+}
+
+}  // namespace
+
+const NodeSchema& ConceptSetNode::schema() const {
+  static const NodeSchema schema{
+      .id = "LacunaConceptSet",
+      .display_name = "Concept Set",
+      .description =
+          "What the model must forget, one phrase a line, and what must stay. Connect it to "
+          "Attention Refine.",
+      .category = "lacuna",
+      .search_aliases = {"forget", "unlearn", "erase concept", "remove concept", "concept list"},
+      .inputs =
+          {
+              {.id = "concepts",
+               .display_name = "concepts",
+               .type = socket::kString,
+               .tooltip =
+                   "One concept a line: target -> anchor | synonym, synonym  # comment. Everything "
+                   "after the target is optional. The anchor is what is drawn instead; synonyms "
+                   "are erased too. A lacuna.concepts/1 JSON file can be pasted instead.",
+               .multiline = true,
+               .default_value = std::string("church")},
+              {.id = "kind",
+               .display_name = "kind",
+               .type = socket::kCombo,
+               .tooltip = "Selects the prompts the concepts are read in, and the default anchor: "
+                          "object (scenery), person (a person), style (art), explicit (a person "
+                          "wearing clothes).",
+               .default_value = std::string("object"),
+               .options = {"object", "person", "style", "explicit"}},
+              {.id = "default_anchor",
+               .display_name = "default anchor",
+               .type = socket::kString,
+               .tooltip = "Anchor for lines without '->'. Empty: chosen by kind.",
+               .default_value = std::string()},
+              {.id = "preserve",
+               .display_name = "preserve",
+               .type = socket::kString,
+               .tooltip = "What must stay as it is, one phrase a line: above all neighbours of the "
+                          "erased concepts (erase 'dog', preserve 'wolf', 'cat').",
+               .multiline = true,
+               .default_value = std::string()},
+              {.id = "general_prior",
+               .display_name = "general prior",
+               .type = socket::kCombo,
+               .tooltip = "Generic captions that keep the rest of the model in place: none, small "
+                          "(200) or full (2000). Encoded once per text encoder, then cached.",
+               .default_value = std::string("small"),
+               .options = {"none", "small", "full"}},
+              {.id = "templates",
+               .display_name = "prompts per concept",
+               .type = socket::kInt,
+               .tooltip = "In how many different prompts each phrase is read. Fewer is faster, more "
+                          "is more thorough.",
+               .advanced = true,
+               .default_value = int64_t{kTemplatesPerKind},
+               .min = 1,
+               .max = kTemplatesPerKind,
+               .step = 1},
+              {.id = "previous",
+               .display_name = "previous",
+               .type = socket::kConcepts,
+               .tooltip = "Another Concept Set that this one extends, e.g. styles before objects.",
+               .optional = true},
+          },
+      .outputs = {{"concepts", "concepts", socket::kConcepts, "The whole list, for Attention Refine."},
+                  {"json", "json", socket::kString,
+                   "The list as a lacuna.concepts/1 file to save or share."}},
+  };
+  return schema;
+}
+
+void ConceptSetNode::validate(const NodeInputs& constants) const {
+  // Text that comes through a link is not known yet.
+  for (const char* id : {"concepts", "preserve", "default_anchor"}) {
+    if (!constants.has(id)) return;
+  }
+  lacuna::validate(read_set(constants));
+}
+
+NodeResult ConceptSetNode::run(const NodeInputs& inputs, Progress&) {
+  ConceptSet set = read_set(inputs);
+  lacuna::validate(set);
+  if (inputs.has("previous")) {
+    set = merge(*inputs.get<std::shared_ptr<const ConceptSet>>("previous"), set);
+    lacuna::validate(set);
+  }
+  NodeResult result;
+  std::string json = to_json(set);
+  result.outputs = {std::make_shared<const ConceptSet>(std::move(set)), std::move(json)};
+  return result;
+}
+
+}  // namespace lacuna

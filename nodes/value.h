@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <variant>
+
+#include "lacuna/concept_set.h"
+#include "lacuna/host.h"
+#include "lacuna/refinement.h"
+
+namespace lacuna {
+
+using LoraTensors = std::map<std::string, at::Tensor>;
+
+// Anything that travels along a link of the graph. Objects are shared and never modified.
+using Value = std::variant<std::monostate, bool, int64_t, double, std::string, at::Tensor,
+                           std::shared_ptr<Denoiser>, std::shared_ptr<TextEncoder>,
+                           std::shared_ptr<ImageDecoder>, std::shared_ptr<const ConceptSet>,
+                           std::shared_ptr<const Refinement>, std::shared_ptr<const LoraTensors>>;
+
+}  // namespace lacuna

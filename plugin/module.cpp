@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// Registers the extension module; no logic of its own beyond conversion.
+#include <ATen/core/grad_mode.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "lacuna/error.h"
+#include "nodes/graph_runner.h"
+#include "nodes/host_nodes.h"
+#include "nodes/node_registry.h"
+#include "plugin/python_host.h"
+#include "plugin/python_values.h"
+
+namespace lacuna {
+namespace py = pybind11;
+namespace {
+
+// The node types and their caches, one object per host process.
+class NodePack {
+ public:
+  NodePack() : registry_(NodeRegistry::with_lacuna_nodes()) {}
+
+  std::string schemas() const { return to_json(registry_.schemas()); }
+
+  void validate(const std::string& id, const py::dict& constants) const {
+    const Node& node = registry_.at(id);
+    node.validate(read_inputs(node.schema(), constants));
+  }
+
+  py::list run(const std::string& id, const py::dict& values, py::object host_progress) {
+    Node& node = registry_.at(id);
+    const NodeInputs inputs = read_inputs(node.schema(), values);
+    const std::shared_ptr<Progress> progress = wrap_progress(std::move(host_progress));
+    NodeResult result;
+    {
+      py::gil_scoped_release release;
+      const at::NoGradGuard no_grad;
+      result = node.run(inputs, *progress);
+    }
+    py::list outputs;
+    for (const Value& value : result.outputs) outputs.append(to_python(value));
+    return outputs;
+  }
+
+  static py::dict run_workflow(const std::string& workflow_json, py::object host,
+                               py::object host_progress) {
+    const std::shared_ptr<Progress> progress = wrap_progress(std::move(host_progress));
+    const std::shared_ptr<Application> application = wrap_application(std::move(host));
+    std::vector<WorkflowOutput> outputs;
+    {
+      py::gil_scoped_release release;
+      const at::NoGradGuard no_grad;
+      const Workflow workflow = parse_workflow(workflow_json);
+      NodeRegistry registry = NodeRegistry::with_lacuna_nodes();
+      add_host_nodes(registry, application, workflow_json);
+      outputs = lacuna::run_workflow(workflow, registry, *progress);
+    }
+    py::dict result;
+    for (const WorkflowOutput& output : outputs) {
+      py::dict entry;
+      entry["images"] = output.result.images;
+      entry["files"] = output.result.files;
+      entry["text"] = output.result.text;
+      result[py::str(output.node)] = entry;
+    }
+    return result;
+  }
+
+ private:
+  static NodeInputs read_inputs(const NodeSchema& schema, const py::dict& values) {
+    std::map<std::string, Value> inputs;
+    for (const auto& [key, object] : values) {
+      const auto id = key.cast<std::string>();
+      if (object.is_none()) continue;
+      const InputSpec* input = find_input(schema, id);
+      if (input == nullptr) throw Error(schema.display_name + ": unknown input '" + id + "'");
+      inputs[id] = to_value(*input, object);
+    }
+    return NodeInputs(schema, std::move(inputs));
+  }
+
+  NodeRegistry registry_;
+};
+
+}  // namespace
+}  // namespace lacuna
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  namespace py = pybind11;
+  using namespace lacuna;
+  module.doc() = "Lacuna's native core for torch " LACUNA_TORCH_VERSION;
+  module.attr("__version__") = LACUNA_VERSION;
+  module.attr("torch_version") = LACUNA_TORCH_VERSION;
+  py::register_local_exception<Error>(module, "LacunaError", PyExc_ValueError);
+
+  py::class_<ConceptSetRef>(module, "ConceptSet", py::module_local(),
+                            "Concepts to forget and to preserve (LACUNA_CONCEPTS).");
+  py::class_<RefinementRef>(module, "Refinement", py::module_local(),
+                            "A closed-form edit (LACUNA_REFINEMENT).");
+  py::class_<NodePack>(module, "NodePack", py::module_local(), "The node types and their caches.")
+      .def(py::init<>())
+      .def("schemas", &NodePack::schemas, "JSON list of node schemas.")
+      .def("validate", &NodePack::validate, py::arg("node_id"), py::arg("constants"),
+           "Checks widget values; raises LacunaError.")
+      .def("run", &NodePack::run, py::arg("node_id"), py::arg("inputs"),
+           py::arg("progress") = py::none(), "Runs one node; returns its outputs in schema order.")
+      .def_static("run_workflow", &NodePack::run_workflow, py::arg("workflow_json"),
+                  py::arg("host"), py::arg("progress") = py::none(),
+                  "Runs an API-format workflow headless; returns files and text by node id.");
+}

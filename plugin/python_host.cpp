@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "plugin/python_host.h"
+
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <utility>
+
+#include "lacuna/error.h"
+
+namespace lacuna {
+namespace py = pybind11;
+namespace {
+
+// Owns a Python object and may be destroyed without the GIL.
+class Handle {
+ public:
+  explicit Handle(py::object object) : object_(std::move(object)) {}
+  ~Handle() {
+    py::gil_scoped_acquire gil;
+    object_ = py::object();
+  }
+  Handle(const Handle&) = delete;
+  Handle& operator=(const Handle&) = delete;
+
+  const py::object& get() const { return object_; }
+
+  template <typename T>
+  T attribute(const char* name) const {
+    py::gil_scoped_acquire gil;
+    return convert<T>(object_.attr(name), name);
+  }
+
+  template <typename T, typename... Args>
+  T call(const char* method, Args&&... args) const {
+    py::gil_scoped_acquire gil;
+    py::object result = object_.attr(method)(std::forward<Args>(args)...);
+    if constexpr (!std::is_void_v<T>) return convert<T>(std::move(result), method);
+  }
+
+ private:
+  template <typename T>
+  static T convert(py::object value, const char* name) {
+    if constexpr (std::is_same_v<T, py::object>) {
+      return value;
+    } else {
+      try {
+        return value.cast<T>();
+      } catch (const py::cast_error&) {
+        throw Error(std::string("the host returned an unexpected value from '") + name +
+                    "'; this is a fault in the host adapter, please report it");
+      }
+    }
+  }
+
+  py::object object_;
+};
+
+py::object optional(const at::Tensor& tensor) {
+  return tensor.defined() ? py::cast(tensor) : py::none();
+}
+
+class PythonTextEncoder final : public TextEncoder {
+ public:
+  explicit PythonTextEncoder(py::object object) : handle_(std::move(object)) {}
+  int64_t width() override { return handle_.attribute<int64_t>("width"); }
+  int64_t window() override { return handle_.attribute<int64_t>("window"); }
+  std::string fingerprint() override { return handle_.attribute<std::string>("fingerprint"); }
+  std::string cache_directory() override {
+    return handle_.attribute<std::string>("cache_directory");
+  }
+  std::vector<int64_t> tokenize(const std::string& text) override {
+    return handle_.call<std::vector<int64_t>>("tokenize", text);
+  }
+  at::Tensor encode(const std::vector<std::string>& prompts) override {
+    return handle_.call<at::Tensor>("encode", prompts);
+  }
+  const py::object& object() const { return handle_.get(); }
+
+ private:
+  Handle handle_;
+};
+
+class PythonDenoiser final : public Denoiser {
+ public:
+  explicit PythonDenoiser(py::object object) : handle_(std::move(object)) {}
+  std::string family() override { return handle_.attribute<std::string>("family"); }
+  std::string fingerprint() override { return handle_.attribute<std::string>("fingerprint"); }
+  bool patchable() override { return handle_.attribute<bool>("patchable"); }
+
+  std::vector<AttentionProjection> cross_attention() override {
+    using Entry = std::tuple<std::string, std::string, std::string>;
+    std::vector<AttentionProjection> projections;
+    for (auto& [name, lora_name, role] : handle_.call<std::vector<Entry>>("cross_attention")) {
+      projections.push_back({std::move(name), std::move(lora_name),
+                             role == "key" ? ProjectionRole::kKey : ProjectionRole::kValue});
+    }
+    return projections;
+  }
+
+  at::Tensor effective_weight(const std::string& name) override {
+    return handle_.call<at::Tensor>("effective_weight", name);
+  }
+
+  std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>& deltas,
+                                               double strength) override {
+    py::gil_scoped_acquire gil;
+    py::list list;
+    for (const WeightDelta& delta : deltas) {
+      list.append(py::make_tuple(delta.name, delta.up, optional(delta.down)));
+    }
+    return wrap_denoiser(handle_.call<py::object>("with_weight_deltas", list, strength));
+  }
+
+  std::shared_ptr<Denoiser> with_context_map(const at::Tensor& key_delta,
+                                             const at::Tensor& value_delta,
+                                             double strength) override {
+    py::gil_scoped_acquire gil;
+    return wrap_denoiser(handle_.call<py::object>("with_context_map", optional(key_delta),
+                                                  optional(value_delta), strength));
+  }
+
+  at::Tensor sample(const SamplingRequest& request,
+                    const std::function<void(int64_t, int64_t)>& on_step) override {
+    return handle_.call<at::Tensor>("sample", request.seed, request.steps, request.cfg,
+                                    request.sampler, request.scheduler, request.positive,
+                                    request.negative, request.latent, request.denoise, on_step);
+  }
+  const py::object& object() const { return handle_.get(); }
+
+ private:
+  Handle handle_;
+};
+
+class PythonImageDecoder final : public ImageDecoder {
+ public:
+  explicit PythonImageDecoder(py::object object) : handle_(std::move(object)) {}
+  at::Tensor decode(const at::Tensor& latent) override {
+    return handle_.call<at::Tensor>("decode", latent);
+  }
+  const py::object& object() const { return handle_.get(); }
+
+ private:
+  Handle handle_;
+};
+
+class PythonApplication final : public Application {
+ public:
+  explicit PythonApplication(py::object object) : handle_(std::move(object)) {}
+  std::string output_directory() override {
+    return handle_.attribute<std::string>("output_directory");
+  }
+  Checkpoint load_checkpoint(const std::string& name) override {
+    py::gil_scoped_acquire gil;
+    auto [denoiser, encoder, decoder] =
+        handle_.call<std::tuple<py::object, py::object, py::object>>("load_checkpoint", name);
+    return {wrap_denoiser(denoiser), wrap_text_encoder(encoder), wrap_image_decoder(decoder)};
+  }
+  std::shared_ptr<Denoiser> load_lora(const std::shared_ptr<Denoiser>& model,
+                                      const std::string& name, double strength) override {
+    py::gil_scoped_acquire gil;
+    return wrap_denoiser(handle_.call<py::object>("load_lora", unwrap(model), name, strength));
+  }
+
+ private:
+  Handle handle_;
+};
+
+class PythonProgress final : public Progress {
+ public:
+  explicit PythonProgress(py::object object) : handle_(std::move(object)) {}
+  void report(int64_t done, int64_t total) override { handle_.call<void>("report", done, total); }
+  void check() override { handle_.call<void>("check"); }
+
+ private:
+  Handle handle_;
+};
+
+template <typename Wrapper, typename Interface>
+py::object unwrap_as(const std::shared_ptr<Interface>& value) {
+  const auto* wrapper = dynamic_cast<const Wrapper*>(value.get());
+  TORCH_INTERNAL_ASSERT(wrapper != nullptr, "not a Python host object");
+  return wrapper->object();
+}
+
+}  // namespace
+
+std::shared_ptr<Denoiser> wrap_denoiser(py::object object) {
+  return std::make_shared<PythonDenoiser>(std::move(object));
+}
+std::shared_ptr<TextEncoder> wrap_text_encoder(py::object object) {
+  return std::make_shared<PythonTextEncoder>(std::move(object));
+}
+std::shared_ptr<ImageDecoder> wrap_image_decoder(py::object object) {
+  return std::make_shared<PythonImageDecoder>(std::move(object));
+}
+std::shared_ptr<Application> wrap_application(py::object object) {
+  return std::make_shared<PythonApplication>(std::move(object));
+}
+std::shared_ptr<Progress> wrap_progress(py::object object) {
+  if (object.is_none()) return std::make_shared<SilentProgress>();
+  return std::make_shared<PythonProgress>(std::move(object));
+}
+
+py::object unwrap(const std::shared_ptr<Denoiser>& denoiser) {
+  return unwrap_as<PythonDenoiser>(denoiser);
+}
+py::object unwrap(const std::shared_ptr<TextEncoder>& encoder) {
+  return unwrap_as<PythonTextEncoder>(encoder);
+}
+py::object unwrap(const std::shared_ptr<ImageDecoder>& decoder) {
+  return unwrap_as<PythonImageDecoder>(decoder);
+}
+
+}  // namespace lacuna

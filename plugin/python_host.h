@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+
+#include "lacuna/host.h"
+
+namespace lacuna {
+
+// Hosts written in Python, seen from C++. Every call takes the GIL; exceptions raised in Python pass
+// through as the identical object. The Python side of each class is described in
+// python_shim/protocol.py.
+
+std::shared_ptr<Denoiser> wrap_denoiser(pybind11::object object);
+std::shared_ptr<TextEncoder> wrap_text_encoder(pybind11::object object);
+std::shared_ptr<ImageDecoder> wrap_image_decoder(pybind11::object object);
+std::shared_ptr<Application> wrap_application(pybind11::object object);
+// None: a silent one.
+std::shared_ptr<Progress> wrap_progress(pybind11::object object);
+
+// The Python object behind a wrapped one. Needs the GIL.
+pybind11::object unwrap(const std::shared_ptr<Denoiser>& denoiser);
+pybind11::object unwrap(const std::shared_ptr<TextEncoder>& encoder);
+pybind11::object unwrap(const std::shared_ptr<ImageDecoder>& decoder);
+
+}  // namespace lacuna

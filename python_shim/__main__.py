@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m lacuna`, or `python -m python_shim` in a checkout."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

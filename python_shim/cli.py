@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line `lacuna`: run a ComfyUI workflow without ComfyUI."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from .errors import HostError
+
+log = logging.getLogger("lacuna")
+
+OK, FAILED, INTERRUPTED = 0, 1, 130
+
+
+class ProgressLine:
+    """One line on a terminal, overwritten in place; a line now and then in a log file."""
+
+    _TERMINAL_SECONDS, _LOG_SECONDS = 0.1, 10.0
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._terminal = stream.isatty()
+        self._interval = self._TERMINAL_SECONDS if self._terminal else self._LOG_SECONDS
+        self._shown_at = time.monotonic() if not self._terminal else 0.0
+        self._width = 0
+
+    def report(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        due = now - self._shown_at >= self._interval
+        if not due and not (self._terminal and done >= total):
+            return
+        self._shown_at = now
+        text = f"{done}/{total} ({100 * done // max(total, 1)} %)"
+        if self._terminal:
+            self._stream.write("\r" + text.ljust(self._width))
+            self._width = len(text)
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def check(self) -> None:
+        """Entering this function is what lets Python notice Ctrl-C during native work."""
+
+    def clear(self) -> None:
+        if self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()
+            self._width = 0
+
+
+def read_workflow(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise HostError(f"There is no workflow file {path}.") from None
+    except UnicodeDecodeError:
+        raise HostError(f"{path} is not a text file; a workflow is JSON.") from None
+    try:
+        workflow = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise HostError(f"{path} is not valid JSON ({error}).") from None
+    if isinstance(workflow, dict) and isinstance(workflow.get("nodes"), list):
+        raise HostError(
+            f"{path} is in ComfyUI's save format; export the workflow with File > Export (API) "
+            "and run that file."
+        )
+    nodes = workflow.values() if isinstance(workflow, dict) else []
+    if not nodes or not all(isinstance(node, dict) and "class_type" in node for node in nodes):
+        raise HostError(
+            f"{path} is not a workflow in ComfyUI's API format; export it with File > Export (API)."
+        )
+    return workflow
+
+
+def apply_setting(workflow: dict[str, Any], setting: str) -> None:
+    """NODE.INPUT=VALUE, where NODE is an id, a title or a node type that occurs once."""
+    target, equals, text = setting.partition("=")
+    name, dot, key = target.rpartition(".")
+    if not equals or not dot or not name or not key:
+        raise HostError(
+            f'"{setting}" is not a setting; write NODE.INPUT=VALUE, for example --set 3.seed=7.'
+        )
+    node = workflow[_find_node(workflow, name)]
+    inputs = node.setdefault("inputs", {})
+    if key not in inputs:
+        known = ", ".join(inputs) or "none"
+        raise HostError(
+            f'Node {name} ({node["class_type"]}) has no input "{key}" in this workflow; '
+            f"it has: {known}."
+        )
+    if isinstance(inputs[key], list):
+        raise HostError(
+            f'The input "{key}" of node {name} is linked to another node, so that it cannot be set.'
+        )
+    inputs[key] = _convert(text, inputs[key], target)
+
+
+def _find_node(workflow: dict[str, Any], name: str) -> str:
+    if name in workflow:
+        return name
+    matches = [
+        node_id
+        for node_id, node in workflow.items()
+        if name in (node["class_type"], (node.get("_meta") or {}).get("title"))
+    ]
+    if len(matches) == 1:
+        return matches[0]
+    known = ", ".join(f"{node_id} ({node['class_type']})" for node_id, node in workflow.items())
+    problem = "Several nodes are" if matches else "No node is"
+    raise HostError(f'{problem} called "{name}"; use one of these ids: {known}.')
+
+
+def _convert(text: str, present: object, target: str) -> object:
+    """`text` as the type that the workflow has now; \\n in a text input makes a new line."""
+    if isinstance(present, str):
+        return text.replace("\\n", "\n")
+    try:
+        if isinstance(present, bool):
+            return {"true": True, "false": False}[text.lower()]
+        return (
+            int(text) if isinstance(present, int) and text.lstrip("+-").isdigit() else float(text)
+        )
+    except (KeyError, ValueError):
+        kind = "true or false" if isinstance(present, bool) else "a number"
+        raise HostError(f'{target} needs {kind}, not "{text}".') from None
+
+
+def _run(options: argparse.Namespace) -> int:
+    workflow = read_workflow(options.workflow)
+    for setting in options.set:
+        apply_setting(workflow, setting)
+
+    from . import loader
+
+    native = loader.load()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a model hub
+    from .diffusers_host import DiffusersHost
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    host = DiffusersHost(
+        options.checkpoint,
+        output_directory=options.output,
+        lora_directory=options.lora_dir,
+        device=options.device,
+    )
+    progress = ProgressLine(sys.stderr)
+    try:
+        results = native.NodePack().run_workflow(json.dumps(workflow), host, progress)
+    finally:
+        progress.clear()
+    _print_results(results, sys.stdout)
+    return OK
+
+
+def _print_results(results: dict[str, dict[str, list[str]]], stream: TextIO) -> None:
+    for entry in results.values():
+        for text in entry.get("text", []):
+            stream.write(f"{text}\n")
+        for path in [*entry.get("images", []), *entry.get("files", [])]:
+            stream.write(f"{path}\n")
+    stream.flush()
+
+
+def _version(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import loader
+
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    native = loader.load()
+    sys.stdout.write(f"lacuna {native.__version__} (torch {torch.__version__}, Python {python})\n")
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lacuna", description="Concept erasure for diffusion models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="run a workflow without ComfyUI", description="Run a workflow."
+    )
+    run.add_argument("workflow", type=Path, metavar="WORKFLOW.json", help="workflow in API format")
+    run.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="PATH",
+        help="SD1.x file, diffusers folder, or a folder that holds the workflow's checkpoint",
+    )  # fmt: skip
+    run.add_argument(
+        "--output", type=Path, default=Path("output"), metavar="DIR", help="where files go (output)"
+    )
+    run.add_argument(
+        "--lora-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the LoRA files that the workflow loads",
+    )
+    run.add_argument(
+        "--set", action="append", default=[], metavar="NODE.INPUT=VALUE",
+        help="change an input; NODE is an id, a title or a node type; may be repeated",
+    )  # fmt: skip
+    run.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (cpu)"
+    )
+    run.set_defaults(command=_run)
+
+    version = commands.add_parser("version", help="print the versions in use")
+    version.set_defaults(command=_version)
+
+    for command in (run, version):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if options.debug else logging.INFO,
+        format="%(message)s",
+        stream=sys.stderr,
+    )
+    for chatty in ("httpx", "urllib3", "filelock", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        log.error("Interrupted.")
+        return INTERRUPTED
+    except Exception as error:
+        if options.debug:
+            raise
+        log.error("%s", _sentence(error))
+        return FAILED
+
+
+def _sentence(error: Exception) -> str:
+    from .loader import NativeUnavailable
+
+    if isinstance(error, HostError | NativeUnavailable) or type(error).__name__ == "LacunaError":
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in (
+        "diffusers",
+        "transformers",
+        "safetensors",
+    ):
+        return (
+            f'The headless host needs {error.name}: install it with pip install "lacuna[headless]".'
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'A file'}: {error.strerror}."
+    return f"Unexpected {type(error).__name__}: {error} (run again with --debug for details)"

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The headless host: SD1.x models on transformers and diffusers, for runs without ComfyUI."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from . import clip_bpe, lora_file, sampling, sd1_checkpoint
+from .errors import HostError
+from .fingerprint import fingerprint
+from .lora_file import Delta
+from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE
+
+log = logging.getLogger(__name__)
+
+
+class DiffusersTextEncoder:
+    """CLIP-L as SD1.x uses it: literal text, end-token padding, last layer after the final norm."""
+
+    def __init__(self, checkpoint: sd1_checkpoint.SD1Checkpoint, cache_directory: str) -> None:
+        self._model = checkpoint.text_model
+        self._weights = checkpoint.text_weights
+        self._tokenizer = checkpoint.tokenizer
+        self.width: int = self._model.config.hidden_size
+        self.window: int = self._model.config.max_position_embeddings
+        self.cache_directory = cache_directory
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self._weights)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids
+
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        if not prompts:
+            return torch.zeros(0, self.window, self.width)
+        rows = [self._window(self.tokenize(prompt)) for prompt in prompts]
+        ids = torch.tensor(rows, device=next(self._model.parameters()).device)
+        with torch.no_grad():
+            return self._model(input_ids=ids).last_hidden_state.float().cpu()
+
+    def _window(self, ids: list[int]) -> list[int]:
+        if len(ids) > self.window:
+            log.warning(
+                "A prompt of %d tokens is cut to the text encoder's %d.", len(ids), self.window
+            )
+            ids = ids[: self.window - 1]
+        return ids + [clip_bpe.END_ID] * (self.window - len(ids))
+
+
+class _ContextMap:
+    """Forward pre-hook of key or value projections: e <- e + strength * e @ delta.T, per map."""
+
+    def __init__(self, maps: list[tuple[torch.Tensor, float]]) -> None:
+        self._maps = maps
+        self._source: torch.Tensor | None = None
+        self._mapped: torch.Tensor | None = None
+
+    def __call__(
+        self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        context = inputs[0]
+        # all layers of all steps see the same context tensor, so that it is mapped once per run
+        if context is not self._source or self._mapped is None:
+            mapped = context
+            for delta, strength in self._maps:
+                mapped = mapped + strength * (mapped @ delta.to(mapped).T)
+            self._source, self._mapped = context, mapped
+        return (self._mapped, *inputs[1:])
+
+
+class _SharedUNet:
+    """The base model under any number of denoiser views; its weight storage is never written."""
+
+    def __init__(self, unet: torch.nn.Module, unet_names: dict[str, str]) -> None:
+        self.unet = unet
+        self.diffusers_names = unet_names
+        parameters = dict(unet.named_parameters())
+        self.weights = {
+            f"diffusion_model.{ldm}": parameters[name] for name, ldm in unet_names.items()
+        }
+        self.lock = threading.RLock()
+        self.cross_attention: list[tuple[str, str, str]] = []
+        self.projections: dict[str, list[torch.nn.Module]] = {"key": [], "value": []}
+        for path, module in unet.named_modules():
+            for ending, role in ((".attn2.to_k", "key"), (".attn2.to_v", "value")):
+                if path.endswith(ending):
+                    lora_name = "lora_unet_" + path.replace(".", "_")
+                    self.cross_attention.append(
+                        (f"diffusion_model.{unet_names[path + '.weight']}", lora_name, role)
+                    )
+                    self.projections[role].append(module)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.weights[name] for name, _, _ in self.cross_attention)
+
+
+@dataclass(frozen=True)
+class DiffusersDenoiser:
+    """An immutable view of a UNet: shared base weights and changes that are merged for sampling."""
+
+    _base: _SharedUNet
+    _deltas: tuple[tuple[Delta, float], ...] = ()
+    _context_maps: tuple[tuple[torch.Tensor | None, torch.Tensor | None, float], ...] = ()
+
+    family = "SD1.x"
+    patchable = True
+
+    @property
+    def fingerprint(self) -> str:
+        return self._base.fingerprint
+
+    def cross_attention(self) -> list[tuple[str, str, str]]:
+        return list(self._base.cross_attention)
+
+    def weight_names(self) -> dict[str, torch.Size]:
+        """Every weight that a LoRA may change, with its shape."""
+        return {name: weight.shape for name, weight in self._base.weights.items()}
+
+    def effective_weight(self, name: str) -> torch.Tensor:
+        with torch.no_grad():
+            weight = self._weight(name).detach().float().clone()
+            for (changed, up, down), strength in self._deltas:
+                if changed != name:
+                    continue
+                up = up.to(weight)
+                change = up if down is None else up @ down.to(weight)
+                weight += strength * change.reshape(weight.shape)
+        return weight
+
+    def with_weight_deltas(self, deltas: Sequence[Delta], strength: float) -> DiffusersDenoiser:
+        for name, up, down in deltas:
+            shape = self._weight(name).shape
+            rows, columns = shape[0], shape.numel() // shape[0]
+            found = (
+                (up.shape[0], up.numel() // max(up.shape[0], 1))
+                if down is None
+                else (up.shape[0], down.shape[1])
+            )
+            if found != (rows, columns) or (down is not None and up.shape[1] != down.shape[0]):
+                raise HostError(
+                    f"A weight change for {name} does not have its shape {list(shape)}."
+                )
+        if strength == 0.0 or not deltas:
+            return self
+        added = tuple(
+            ((name, up.detach(), None if down is None else down.detach()), float(strength))
+            for name, up, down in deltas
+        )
+        return replace(self, _deltas=self._deltas + added)
+
+    def with_context_map(
+        self, key_delta: torch.Tensor | None, value_delta: torch.Tensor | None, strength: float
+    ) -> DiffusersDenoiser:
+        width = sd1_checkpoint.CONTEXT_WIDTH
+        for delta in (key_delta, value_delta):
+            if delta is not None and delta.shape != (width, width):
+                raise HostError(
+                    f"A context map should be a {width} x {width} matrix, not {list(delta.shape)}."
+                )
+        if strength == 0.0 or (key_delta is None and value_delta is None):
+            return self
+        pair = tuple(
+            None if delta is None else delta.detach() for delta in (key_delta, value_delta)
+        )
+        return replace(self, _context_maps=(*self._context_maps, (*pair, float(strength))))
+
+    def sample(
+        self,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler: str,
+        scheduler: str,
+        positive: torch.Tensor,
+        negative: torch.Tensor,
+        latent: torch.Tensor,
+        denoise: float,
+        on_step: sampling.OnStep,
+    ) -> torch.Tensor:
+        """Same noise, levels and steps as ComfyUI's KSampler; latents divided by 0.18215."""
+        if latent.dim() != 4 or latent.shape[1] != LATENT_CHANNELS:
+            raise HostError(
+                f"SD1.x needs a latent of {LATENT_CHANNELS} channels, "
+                f"not of shape {list(latent.shape)}."
+            )
+        if sampler not in sampling.SAMPLERS:
+            sampling.run_sampler(
+                sampler, latent, latent, lambda x, sigma: x, on_step
+            )  # raises its sentence
+        schedule = sampling.NoiseSchedule()
+        sigmas = sampling.make_sigmas(schedule, scheduler, steps, denoise)
+        if not len(sigmas):
+            return latent.clone()
+        device = next(self._base.unet.parameters()).device
+        guided = cfg != 1.0
+        with torch.no_grad(), self._base.lock, self._applied():
+            generator = torch.Generator().manual_seed(
+                seed % 2**64
+            )  # the core hands over 64 signed bits
+            noise = torch.randn(latent.shape, generator=generator)
+            starts_at_full_noise = abs(float(sigmas[0]) / float(schedule.sigmas[-1]) - 1.0) < 1e-5
+            spread = (1.0 + sigmas[0] ** 2).sqrt() if starts_at_full_noise else sigmas[0]
+            x = (noise * spread + latent.float().cpu() * LATENT_SCALE).to(device)
+            contexts = [positive, negative] if guided else [positive]
+            context = _stack_contexts(contexts, latent.shape[0]).to(device)
+
+            def clean_estimate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+                scaled = x / (sigma**2 + 1.0) ** 0.5
+                time = schedule.timestep(sigma).to(device)
+                noise = self._base.unet(torch.cat([scaled] * len(contexts)), time, context).sample
+                if not guided:
+                    return x - sigma * noise
+                with_prompt, without = noise.chunk(2)
+                return x - sigma * (without + cfg * (with_prompt - without))
+
+            # the levels stay on the CPU: scalars mix with any device
+            x = sampling.run_sampler(sampler, x, sigmas, clean_estimate, on_step)
+        return (x / LATENT_SCALE).float().cpu()
+
+    def _weight(self, name: str) -> torch.nn.Parameter:
+        weight = self._base.weights.get(name)
+        if weight is None:
+            raise HostError(f"This model has no weight named {name}.")
+        return weight
+
+    @contextlib.contextmanager
+    def _applied(self) -> Iterator[None]:
+        """The pending changes in the shared module; undone on every path."""
+        originals: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        handles = []
+        try:
+            for name in dict.fromkeys(delta[0] for delta, _ in self._deltas):
+                parameter = self._weight(name)
+                changed = self.effective_weight(name).to(parameter.dtype)
+                originals.append((parameter, parameter.data))
+                parameter.data = changed
+            for index, role in enumerate(("key", "value")):
+                maps = [
+                    (entry[index], entry[2])
+                    for entry in self._context_maps
+                    if entry[index] is not None
+                ]
+                if maps:
+                    hook = _ContextMap(maps)
+                    handles += [
+                        m.register_forward_pre_hook(hook) for m in self._base.projections[role]
+                    ]
+            yield
+        finally:
+            for parameter, data in originals:
+                parameter.data = data
+            for handle in handles:
+                handle.remove()
+
+
+def _stack_contexts(contexts: list[torch.Tensor], batch: int) -> torch.Tensor:
+    """[len(contexts) * batch, T, d]; contexts of unequal length are repeated, as in ComfyUI."""
+    length = torch.tensor([context.shape[1] for context in contexts])
+    common = int(torch.lcm(length[0], length[-1]))
+    rows = []
+    for context in contexts:
+        context = context.float().cpu().repeat(1, common // context.shape[1], 1)
+        if batch % context.shape[0]:
+            raise HostError(f"{context.shape[0]} prompts do not fit a batch of {batch} images.")
+        rows.append(context.repeat(batch // context.shape[0], 1, 1))
+    return torch.cat(rows)
+
+
+class DiffusersImageDecoder:
+    def __init__(self, checkpoint: sd1_checkpoint.SD1Checkpoint, device: torch.device) -> None:
+        self._decode = checkpoint.decode_latent
+        self._device = device
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """[n, H, W, 3] in 0..1; image by image, because a decoder needs more memory than a UNet."""
+        if latent.dim() != 4 or latent.shape[1] != LATENT_CHANNELS:
+            raise HostError(
+                f"The VAE needs a latent of {LATENT_CHANNELS} channels, "
+                f"not of shape {list(latent.shape)}."
+            )
+        with torch.no_grad():
+            images = [
+                self._decode(one.unsqueeze(0).float().to(self._device)).float().cpu()
+                for one in latent
+            ]
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
+
+
+class DiffusersHost:
+    """What the graph runner asks for: files by name, and the folders to write to."""
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        output_directory: str | Path = "output",
+        lora_directory: str | Path | None = None,
+        cache_directory: str | Path | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self._checkpoint = Path(checkpoint).expanduser()
+        if not self._checkpoint.exists():
+            raise HostError(
+                f"There is no checkpoint {self._checkpoint}; give a .safetensors file or a folder."
+            )
+        self._lora_directory = None if lora_directory is None else Path(lora_directory).expanduser()
+        self._device = _device(device)
+        self._loaded: dict[
+            Path, tuple[DiffusersDenoiser, DiffusersTextEncoder, DiffusersImageDecoder]
+        ] = {}
+        self.output_directory = str(Path(output_directory).expanduser())
+        self.cache_directory = str(
+            _default_cache() if cache_directory is None else Path(cache_directory).expanduser()
+        )
+
+    def load_checkpoint(
+        self, name: str
+    ) -> tuple[DiffusersDenoiser, DiffusersTextEncoder, DiffusersImageDecoder]:
+        path = self._checkpoint_path(name)
+        if path not in self._loaded:
+            if name and Path(name).name != path.name:
+                log.info("The workflow names the checkpoint %s; using %s.", name, path)
+            checkpoint = sd1_checkpoint.load(path, self._device)
+            self._loaded[path] = (
+                DiffusersDenoiser(_SharedUNet(checkpoint.unet, checkpoint.unet_names)),
+                DiffusersTextEncoder(checkpoint, self.cache_directory),
+                DiffusersImageDecoder(checkpoint, self._device),
+            )
+        return self._loaded[path]
+
+    def load_lora(self, model: DiffusersDenoiser, name: str, strength: float) -> DiffusersDenoiser:
+        if self._lora_directory is None:
+            raise HostError(
+                f'The workflow loads the LoRA "{name}"; say where LoRAs are with --lora-dir.'
+            )
+        path = _inside(self._lora_directory, name)
+        deltas = lora_file.read_lora(path, model._base.diffusers_names, model.weight_names())
+        return model.with_weight_deltas(deltas, strength)
+
+    def _checkpoint_path(self, name: str) -> Path:
+        """The given model, whatever the workflow says; in a folder of models its name counts."""
+        if self._checkpoint.is_file() or (self._checkpoint / "unet").is_dir():
+            return self._checkpoint
+        return _inside(self._checkpoint, name)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name.replace("\\", "/")  # workflows saved on Windows
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise HostError(f'"{name}" points outside the folder {folder}.')
+    if not name or not path.exists():
+        raise HostError(f'There is no "{name}" in the folder {folder}.')
+    return path
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise HostError(
+            "This PyTorch finds no CUDA device; use --device cpu or install PyTorch with CUDA."
+        )
+    return torch.device(name)
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lacuna"

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""API-format graphs for the tests: small, and of few prompts so that a run takes seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_server import Graph
+
+CONCEPTS = "hamburger -> apple\nowl -> tree"
+PRESERVE = "pizza\nship"
+# Widget values that make a run cheap; what is not named here is the schema's default.
+QUICK = {"LacunaConceptSet": {"templates": 2, "general_prior": "none"}}
+
+
+def defaults(schemas: list[dict[str, Any]], node: str) -> dict[str, Any]:
+    schema = next(item for item in schemas if item["id"] == node)
+    return {item["id"]: item["default"] for item in schema["inputs"] if "default" in item}
+
+
+class Builder:
+    """Fills in the defaults, so that a test names only what it is about."""
+
+    def __init__(self, schemas: list[dict[str, Any]]) -> None:
+        self._schemas = schemas
+
+    def checkpoint(self, name: str = "lacuna_demo.safetensors") -> Graph:
+        return {"ckpt": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}}}
+
+    def concepts(self, **values: Any) -> Graph:
+        node = "LacunaConceptSet"
+        inputs = {"concepts": CONCEPTS, "preserve": PRESERVE, **QUICK[node], **values}
+        return {"set": {"class_type": node, "inputs": defaults(self._schemas, node) | inputs}}
+
+    def refine(self, model: list[Any] | None = None, **values: Any) -> Graph:
+        node = "LacunaAttentionRefine"
+        links = {"model": model or ["ckpt", 0], "clip": ["ckpt", 1], "concepts": ["set", 0]}
+        inputs = defaults(self._schemas, node) | links | values
+        return {"refine": {"class_type": node, "inputs": inputs}}
+
+    def edit(self, model: list[Any] | None = None, **values: Any) -> Graph:
+        """Checkpoint, Concept Set and Attention Refine."""
+        return self.checkpoint() | self.concepts() | self.refine(model, **values)
+
+    def sample(self, model: list[Any], prefix: str, text: str = "a photo of a hamburger") -> Graph:
+        """Latents of a few steps, saved below output/<prefix>."""
+        name = prefix.replace("/", "_")
+        encode = {"class_type": "CLIPTextEncode"}
+        return {
+            f"{name}_pos": encode | {"inputs": {"clip": ["ckpt", 1], "text": text}},
+            f"{name}_neg": encode | {"inputs": {"clip": ["ckpt", 1], "text": ""}},
+            f"{name}_empty": {
+                "class_type": "EmptyLatentImage",
+                "inputs": {"width": 64, "height": 64, "batch_size": 1},
+            },
+            f"{name}_sampler": {
+                "class_type": "KSampler",
+                "inputs": {
+                    "model": model,
+                    "seed": 3,
+                    "steps": 4,
+                    "cfg": 4.0,
+                    "sampler_name": "euler",
+                    "scheduler": "normal",
+                    "positive": [f"{name}_pos", 0],
+                    "negative": [f"{name}_neg", 0],
+                    "latent_image": [f"{name}_empty", 0],
+                    "denoise": 1.0,
+                },
+            },
+            f"{name}_save": {
+                "class_type": "SaveLatent",
+                "inputs": {"samples": [f"{name}_sampler", 0], "filename_prefix": prefix},
+            },
+        }
+
+    def weights(self, model: list[Any], name: str, file: str = "") -> Graph:
+        return {name: {"class_type": "LacunaTestWeights", "inputs": {"model": model, "file": file}}}
+
+    def report(self) -> Graph:
+        return {"report": {"class_type": "PreviewAny", "inputs": {"source": ["refine", 3]}}}

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ComfyUI adapters against ComfyUI's own objects, in one process."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.sample
+import comfy.sd
+import comfy.supported_models_base
+import pytest
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+SMALL = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "channel_mult": [1],
+    "num_res_blocks": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+    "transformer_depth_middle": 1,
+    "num_head_channels": 64,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "legacy": False,
+}
+SMALL_SD2 = {**SMALL, "context_dim": 1024}
+SMALL_SDXL = {
+    **SMALL,
+    "context_dim": 2048,
+    "num_res_blocks": [3],
+    "transformer_depth": [0, 2, 5],
+    "transformer_depth_output": [0, 0, 0, 0],
+    "transformer_depth_middle": -2,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+}
+PROMPTS = ["a photo of a hamburger", "", "two owls (in a tree:1.3), watercolour"]
+
+
+def random_weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        shapes = UNetModel(**config).state_dict()
+    return {k: torch.randn(v.shape, generator=generator) * 0.02 for k, v in shapes.items()}
+
+
+def random_unet(config: dict[str, Any]) -> Any:
+    return comfy.sd.load_diffusion_model_state_dict(random_weights(config))
+
+
+def random_clip(tokenizer: type, model: type, **options: Any) -> Any:
+    target = comfy.supported_models_base.ClipTarget(tokenizer, model)
+    clip = comfy.sd.CLIP(target, model_options=options)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in clip.cond_stage_model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return clip
+
+
+def conditioning(clip: Any, text: str) -> Any:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text, disable_weights=True))
+
+
+def sample(model: Any, clip: Any, text: str = "a photo of a hamburger") -> torch.Tensor:
+    latent = torch.zeros(1, 4, 8, 8)
+    noise = comfy.sample.prepare_noise(latent, 7)
+    return comfy.sample.sample(
+        model, noise, 3, 4.0, "euler", "normal",
+        conditioning(clip, text), conditioning(clip, ""), latent, seed=7, disable_pbar=True,
+    )  # fmt: skip
+
+
+def module_weights(model: Any) -> dict[str, torch.Tensor]:
+    """What the layers hold while `model` is loaded: the ground truth of every patch."""
+    comfy.model_management.load_models_gpu([model])
+    return {k: v.detach().clone() for k, v in model.model.state_dict().items()}
+
+
+def lora(rank: int = 2, seed: int = 3) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for block in ("input_blocks.1.1", "middle_block.1"):
+        for role in "kv":
+            name = f"diffusion_model.{block}.transformer_blocks.0.attn2.to_{role}"
+            weights[f"{name}.lora_up.weight"] = torch.randn(320, rank, generator=generator) * 0.05
+            weights[f"{name}.lora_down.weight"] = torch.randn(rank, 768, generator=generator) * 0.05
+    return weights
+
+
+# --- text encoder ---
+
+
+def test_tokens_are_the_literal_text(host: ModuleType, checkpoint: Any) -> None:
+    encoder = host.ComfyTextEncoder(checkpoint[1])
+    assert (encoder.window, encoder.width) == (77, 768)
+    start, end = 49406, 49407
+    assert encoder.tokenize("") == [start, end]
+    dog = encoder.tokenize("dog")
+    assert dog[0] == start and dog[-1] == end and len(dog) == 3
+    assert encoder.tokenize("a (dog:1.3)")[3:4] == dog[1:2]  # brackets and weight are tokens, too
+    assert len(encoder.tokenize("a (dog:1.3)")) > len(encoder.tokenize("a dog"))
+
+
+def test_long_text_is_not_truncated(host: ModuleType, checkpoint: Any) -> None:
+    encoder = host.ComfyTextEncoder(checkpoint[1])
+    once = encoder.tokenize("dog")[1]
+    assert encoder.tokenize(" ".join(["dog"] * 200)) == [49406, *[once] * 200, 49407]
+
+
+def test_embeddings_are_refused_in_words(host: ModuleType, checkpoint: Any) -> None:
+    encoder = host.ComfyTextEncoder(checkpoint[1])
+    for call in (encoder.tokenize, lambda text: encoder.encode([text])):
+        with pytest.raises(ValueError, match="textual inversion"):
+            call("a photo of embedding:mine")
+
+
+def test_batch_equals_what_the_host_encodes_one_by_one(host: ModuleType, checkpoint: Any) -> None:
+    clip = checkpoint[1]
+    batch = host.ComfyTextEncoder(clip).encode(PROMPTS)
+    single = torch.cat([conditioning(clip, prompt)[0][0] for prompt in PROMPTS])
+    assert batch.shape == (3, 77, 768) and batch.dtype == torch.float32
+    torch.testing.assert_close(batch, single, rtol=0, atol=2e-4)
+
+
+def test_sd2_and_sdxl_batches(host: ModuleType) -> None:
+    from comfy.sdxl_clip import SDXLClipModel, SDXLTokenizer
+    from comfy.text_encoders.sd2_clip import SD2ClipModel, SD2Tokenizer
+
+    layers = {"num_hidden_layers": 3}
+    for clip, width in (
+        (random_clip(SD2Tokenizer, SD2ClipModel, clip_h_model_config=layers), 1024),
+        (
+            random_clip(
+                SDXLTokenizer, SDXLClipModel, clip_l_model_config=layers, clip_g_model_config=layers
+            ),
+            2048,
+        ),
+    ):
+        encoder = host.ComfyTextEncoder(clip)
+        batch = encoder.encode(PROMPTS)
+        single = torch.cat([conditioning(clip, prompt)[0][0] for prompt in PROMPTS])
+        assert batch.shape == (3, 77, width) == single.shape
+        assert encoder.width == width and encoder.window == 77
+        torch.testing.assert_close(batch, single, rtol=1e-3, atol=1e-3 * single.abs().max().item())
+        assert encoder.tokenize("dog")[0] == 49406 and len(encoder.tokenize("dog")) == 3
+        assert len(encoder.fingerprint) == 32
+
+
+def test_text_fingerprint_follows_the_weights_and_the_state(
+    host: ModuleType, checkpoint: Any
+) -> None:
+    clip = checkpoint[1]
+    plain = host.ComfyTextEncoder(clip).fingerprint
+    assert len(plain) == 32 and plain == host.ComfyTextEncoder(clip.clone()).fingerprint
+    skipped = clip.clone()
+    skipped.clip_layer(-2)
+    key = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+    patched, other = clip.clone(), clip.clone()
+    patched.add_patches({key: ("diff", (torch.ones(3072, 768),))}, 0.5)
+    other.add_patches({key: ("diff", (torch.ones(3072, 768),))}, 0.6)
+    states = [host.ComfyTextEncoder(c).fingerprint for c in (skipped, patched, other)]
+    assert len({plain, *states}) == 4
+    again = clip.clone()
+    again.add_patches({key: ("diff", (torch.ones(3072, 768),))}, 0.5)
+    assert host.ComfyTextEncoder(again).fingerprint == states[1]
+    merged = clip.clone()
+    merged.add_patches({key: [(torch.ones(3072, 768), lambda a, **_: a)]}, 0.5)
+    assert host.ComfyTextEncoder(merged).fingerprint == ""
+
+
+def test_cache_lies_in_the_user_folder(host: ModuleType, checkpoint: Any) -> None:
+    folder = Path(host.ComfyTextEncoder(checkpoint[1]).cache_directory)
+    assert folder.is_dir() and folder.name == "lacuna"
+
+
+# --- denoiser ---
+
+
+def test_layers_of_sd1(host: ModuleType, checkpoint: Any) -> None:
+    denoiser = host.ComfyDenoiser(checkpoint[0])
+    layers = denoiser.cross_attention()
+    assert denoiser.family == "SD1.x" and denoiser.patchable
+    assert len(layers) == 8 and [role for _, _, role in layers].count("key") == 4
+    names = {name: lora_name for name, lora_name, _ in layers}
+    block = "transformer_blocks_0_attn2_to_k"
+    assert names["diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] == (
+        f"lora_unet_down_blocks_0_attentions_0_{block}"
+    )
+    assert names["diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"] == (
+        f"lora_unet_mid_block_attentions_0_{block}"
+    )
+    # ComfyUI itself knows every one of these names, and means the same weight.
+    known = comfy.lora.model_lora_keys_unet(checkpoint[0].model, {})
+    assert all(known[lora_name] == name for name, lora_name in names.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "count", "first"),
+    [
+        (SMALL_SD2, "SD2.x", 8, "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"),
+        (SMALL_SDXL, "KOALA_700M", 14, "lora_unet_input_blocks_2_1_transformer_blocks_0"),
+    ],
+)
+def test_layers_of_other_families(
+    host: ModuleType, config: dict[str, Any], family: str, count: int, first: str
+) -> None:
+    model = random_unet(config)
+    denoiser = host.ComfyDenoiser(model)
+    layers = denoiser.cross_attention()
+    assert denoiser.family == family and len(layers) == count
+    assert layers[0][1].startswith(first)
+    known = comfy.lora.model_lora_keys_unet(model.model, {})
+    assert all(known[lora_name] == name for name, lora_name, _ in layers)
+    assert denoiser.effective_weight(layers[0][0]).shape == (320, config["context_dim"])
+
+
+def test_a_model_without_text_cross_attention_has_no_layers(
+    host: ModuleType, checkpoint: Any
+) -> None:
+    class Flux(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.diffusion_model = torch.nn.Linear(2, 2)
+            self.model_config = Flux
+
+    patcher = checkpoint[0].clone()
+    patcher.model = Flux()
+    patcher.model.model_config = type("Flux", (), {})()
+    denoiser = host.ComfyDenoiser(patcher)
+    assert denoiser.cross_attention() == [] and denoiser.family == "Flux"
+
+
+def test_effective_weight_is_what_the_layer_uses(host: ModuleType, checkpoint: Any) -> None:
+    base = checkpoint[0]
+    with_lora, _ = comfy.sd.load_lora_for_models(base, None, lora(), 0.8, 0)
+    plain = module_weights(base)
+    loaded = module_weights(with_lora)
+    for load in (with_lora, base):  # right whichever of the two is loaded now
+        comfy.model_management.load_models_gpu([load])
+        for name, _, _ in host.ComfyDenoiser(base).cross_attention():
+            assert torch.equal(host.ComfyDenoiser(base).effective_weight(name), plain[name])
+            weight = host.ComfyDenoiser(with_lora).effective_weight(name)
+            assert torch.equal(weight, loaded[name])
+    changed = [k for k in plain if not torch.equal(plain[k], loaded[k])]
+    assert len(changed) == 4
+    assert host.ComfyDenoiser(base).fingerprint == host.ComfyDenoiser(with_lora).fingerprint
+
+
+def test_effective_weight_may_be_written_to(host: ModuleType, checkpoint: Any) -> None:
+    denoiser = host.ComfyDenoiser(checkpoint[0])
+    name = denoiser.cross_attention()[0][0]
+    before = denoiser.effective_weight(name)
+    denoiser.effective_weight(name).zero_()
+    assert torch.equal(denoiser.effective_weight(name), before)
+
+
+@pytest.mark.parametrize("wrapped", ["packed", "subclass"])
+def test_odd_storage_is_probed_and_not_patchable(
+    host: ModuleType, checkpoint: Any, wrapped: str
+) -> None:
+    denoiser = host.ComfyDenoiser(checkpoint[0])
+    name = denoiser.cross_attention()[0][0]
+    true = denoiser.effective_weight(name)
+    comfy.model_management.load_models_gpu([checkpoint[0]])
+    layer = comfy.utils.get_attr(checkpoint[0].model, name.removesuffix(".weight"))
+    original = layer.weight
+
+    class Packed(torch.Tensor):
+        pass
+
+    stored = torch.zeros(10, dtype=torch.uint8) if wrapped == "packed" else true.clone()
+    stored = stored if wrapped == "packed" else stored.as_subclass(Packed)
+    layer.weight = torch.nn.Parameter(stored, requires_grad=False)
+    layer.forward = lambda x: x @ true.T
+    try:
+        odd = host.ComfyDenoiser(checkpoint[0])
+        assert not odd.patchable
+        torch.testing.assert_close(odd.effective_weight(name), true)
+    finally:
+        layer.weight = original
+        del layer.forward
+
+
+def test_bypassed_lora_counts(host: ModuleType, checkpoint: Any) -> None:
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has no bypass LoRAs")
+    model, _ = comfy.sd.load_bypass_lora_for_models(checkpoint[0], None, lora(), 0.8, 0)
+    merged, _ = comfy.sd.load_lora_for_models(checkpoint[0], None, lora(), 0.8, 0)
+    name = host.ComfyDenoiser(model).cross_attention()[0][0]
+    expected = host.ComfyDenoiser(merged).effective_weight(name)
+    torch.testing.assert_close(
+        host.ComfyDenoiser(model).effective_weight(name), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_fp8_storage_is_patchable(host: ModuleType) -> None:
+    fp8 = torch.float8_e4m3fn
+    weights = random_weights(SMALL_SD2)
+    matrix = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    stored = weights[matrix].to(fp8)
+    half = {k: v.to(fp8) if v.dim() == 2 else v.half() for k, v in weights.items()}
+    model = comfy.sd.load_diffusion_model_state_dict(half, model_options={"dtype": fp8})
+    denoiser = host.ComfyDenoiser(model)
+    name = f"diffusion_model.{matrix}"
+    assert model.model.state_dict()[name].dtype == fp8
+    assert denoiser.patchable
+    assert torch.equal(denoiser.effective_weight(name), stored.float())
+
+
+def test_weight_deltas(host: ModuleType, checkpoint: Any) -> None:
+    base = checkpoint[0]
+    denoiser = host.ComfyDenoiser(base)
+    plain = module_weights(base)
+    (first, _, _), (second, _, _) = denoiser.cross_attention()[:2]
+    generator = torch.Generator().manual_seed(1)
+    up, down = torch.randn(320, 4, generator=generator), torch.randn(4, 768, generator=generator)
+    dense = torch.randn(320, 768, generator=generator) * 0.1
+    edited = denoiser.with_weight_deltas([(first, up, down), (second, dense, None)], 0.5)
+    loaded = module_weights(edited.patcher)
+    torch.testing.assert_close(loaded[first], plain[first] + 0.5 * (up @ down))
+    torch.testing.assert_close(loaded[second], plain[second] + 0.5 * dense)
+    assert torch.equal(edited.effective_weight(first), loaded[first])
+    others = [k for k in plain if k not in (first, second)]
+    assert all(torch.equal(loaded[k], plain[k]) for k in others)
+    again = module_weights(base)
+    assert all(torch.equal(again[k], plain[k]) for k in plain) and not base.patches
+
+
+def test_weight_deltas_compose_with_loras_on_both_sides(host: ModuleType, checkpoint: Any) -> None:
+    base = checkpoint[0]
+    name = host.ComfyDenoiser(base).cross_attention()[0][0]
+    up, down = torch.ones(320, 1) * 0.1, torch.ones(1, 768) * 0.1
+    plain = module_weights(base)[name]
+    before, _ = comfy.sd.load_lora_for_models(base, None, lora(), 1.0, 0)
+    edited = host.ComfyDenoiser(before).with_weight_deltas([(name, up, down)], 1.0)
+    after, _ = comfy.sd.load_lora_for_models(edited.patcher, None, lora(seed=4), 0.5, 0)
+
+    def part(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        key = name.removesuffix(".weight")
+        return weights[f"{key}.lora_up.weight"] @ weights[f"{key}.lora_down.weight"]
+
+    expected = plain + part(lora()) + up @ down + 0.5 * part(lora(seed=4))
+    torch.testing.assert_close(module_weights(after)[name], expected)
+
+
+def test_unknown_weight_is_an_error(host: ModuleType, checkpoint: Any) -> None:
+    with pytest.raises(ValueError, match="no weight named nowhere"):
+        host.ComfyDenoiser(checkpoint[0]).with_weight_deltas(
+            [("nowhere", torch.ones(1, 1), None)], 1
+        )
+
+
+def test_strength_zero_and_bypass_are_bit_identical(host: ModuleType, checkpoint: Any) -> None:
+    model, clip = checkpoint[:2]
+    before = sample(model, clip)
+    denoiser = host.ComfyDenoiser(model)
+    deltas = [(name, torch.ones(320, 768), None) for name, _, _ in denoiser.cross_attention()]
+    identity = torch.eye(768)
+    unpatched = denoiser.with_weight_deltas(deltas, 0.0)
+    assert torch.equal(sample(unpatched.patcher, clip), before)
+    mapped = denoiser.with_context_map(identity, identity, 0.0)
+    assert torch.equal(sample(mapped.patcher, clip), before)
+    assert not torch.allclose(
+        sample(denoiser.with_weight_deltas(deltas, 0.5).patcher, clip), before
+    )
+    assert torch.equal(sample(model, clip), before)
+
+
+@pytest.mark.parametrize("sides", ["both", "value", "different"])
+def test_context_map_equals_the_weight_edit(host: ModuleType, checkpoint: Any, sides: str) -> None:
+    model, clip = checkpoint[:2]
+    generator = torch.Generator().manual_seed(2)
+    delta = torch.randn(768, 768, generator=generator) * 0.01
+    other = torch.randn(768, 768, generator=generator) * 0.01
+    maps = {"both": (delta, delta), "value": (None, delta), "different": (other, delta)}[sides]
+    denoiser = host.ComfyDenoiser(model)
+    deltas = []
+    for name, _, role in denoiser.cross_attention():
+        change = maps[0] if role == "key" else maps[1]
+        if change is not None:
+            deltas.append((name, denoiser.effective_weight(name) @ change, None))
+    by_weights = sample(denoiser.with_weight_deltas(deltas, 0.7).patcher, clip)
+    by_context = denoiser.with_context_map(*maps, 0.7)
+    assert not torch.allclose(by_weights, sample(model, clip), atol=1e-3)
+    torch.testing.assert_close(sample(by_context.patcher, clip), by_weights, rtol=1e-3, atol=1e-3)
+    # a clone of the clone still works, on another prompt too
+    clone = by_context.patcher.clone()
+    text = "a photo of a cat"
+    expected = sample(denoiser.with_weight_deltas(deltas, 0.7).patcher, clip, text)
+    torch.testing.assert_close(sample(clone, clip, text), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_context_map_survives_deepcopy_and_chains(host: ModuleType, checkpoint: Any) -> None:
+    model, clip = checkpoint[:2]
+    earlier = model.clone()
+    earlier.set_model_attn2_patch(lambda n, c, v, _: (n, c * 0.5, v * 0.5))
+    mapped = host.ComfyDenoiser(earlier).with_context_map(torch.eye(768), torch.eye(768), 1.0)
+    patches = copy.deepcopy(mapped.patcher.model_options)["transformer_options"]["patches"]
+    assert len(patches["attn2_patch"]) == 2
+    assert not any(hasattr(patch, "to") for patch in patches["attn2_patch"])
+    # halved, then doubled by e + e @ I
+    torch.testing.assert_close(sample(mapped.patcher, clip), sample(model, clip), rtol=0, atol=1e-4)
+
+
+# --- progress ---
+
+
+def test_progress_is_throttled_but_shows_the_end(
+    host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, *_, **__: seen.append((done, total))
+    )
+    progress = host.ComfyProgress()
+    for step in range(1, 501):
+        progress.report(step, 500)
+    assert seen[0] == (1, 500) and seen[-1] == (500, 500) and len(seen) < 20
+
+
+def test_interrupt_arrives_in_report_and_check(host: ModuleType) -> None:
+    interrupted = comfy.model_management.InterruptProcessingException
+    progress = host.ComfyProgress()
+    for call in (lambda: progress.report(3, 100), progress.check):
+        comfy.model_management.interrupt_current_processing(True)
+        with pytest.raises(interrupted):
+            call()
+        call()  # the flag is spent

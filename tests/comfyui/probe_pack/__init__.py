@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nodes of the test suite: look at weights from inside ComfyUI, and break things on purpose."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import safetensors.torch
+import torch
+
+
+class Weights:
+    """Loads the MODEL as for sampling, hashes its weights, writes the K/V matrices to a file."""
+
+    CATEGORY = "tests"
+    FUNCTION = "look"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "file": ("STRING", {"default": ""})}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_inputs: Any) -> float:
+        return float("nan")
+
+    def look(self, model: Any, file: str) -> dict[str, Any]:
+        comfy.model_management.load_models_gpu([model])
+        weights = model.model.state_dict()
+        digest = hashlib.sha256()
+        for key in sorted(weights):
+            digest.update(key.encode())
+            digest.update(weights[key].contiguous().view(-1).view(torch.uint8).numpy())
+        if file:
+            matrices = {
+                k: v.clone() for k, v in weights.items() if ".attn2.to_k" in k or ".attn2.to_v" in k
+            }
+            safetensors.torch.save_file(
+                matrices, os.path.join(folder_paths.get_output_directory(), file)
+            )
+        return {"ui": {"text": [digest.hexdigest()]}}
+
+
+class Fail:
+    """Passes the model on to nobody."""
+
+    CATEGORY = "tests"
+    FUNCTION = "fail"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def fail(self, model: Any) -> None:
+        comfy.model_management.load_models_gpu([model])
+        raise RuntimeError("failed on purpose")
+
+
+class Flux(torch.nn.Module):
+    """Enough of a transformer model to be told apart: no cross-attention that reads a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.diffusion_model = torch.nn.Linear(2, 2)
+        self.model_config = type("Flux", (), {})()
+
+
+class OtherModel:
+    CATEGORY = "tests"
+    FUNCTION = "make"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def make(self) -> tuple[Any]:
+        device = torch.device("cpu")
+        return (comfy.model_patcher.ModelPatcher(Flux(), device, device),)
+
+
+NODE_CLASS_MAPPINGS = {
+    "LacunaTestWeights": Weights,
+    "LacunaTestFail": Fail,
+    "LacunaTestOtherModel": OtherModel,
+}

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The edit inside ComfyUI: what it changes, what it leaves alone, what other nodes make of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from comfy_server import Graph, Rejected, Run, Server
+from graphs import Builder
+
+Weights = dict[str, torch.Tensor]
+
+LORA = "upstream.safetensors"
+FP16_ROUNDING = 2.0**-11
+
+
+@pytest.fixture(scope="session")
+def build(schemas: list[dict]) -> Builder:
+    return Builder(schemas)
+
+
+def _latent(server: Server, run: Run, node: str) -> torch.Tensor:
+    """From the newest file: cached save nodes write no second one."""
+    name = node.removesuffix("_save")
+    files = sorted(server.output.glob(f"{name}_*.latent"), key=lambda file: file.stat().st_mtime)
+    return safetensors.torch.load_file(files[-1])["latent_tensor"]
+
+
+def _weights(server: Server, file: str) -> Weights:
+    return safetensors.torch.load_file(server.output / file)
+
+
+def _base(build: Builder, file: str = "") -> Graph:
+    return build.checkpoint() | build.weights(["ckpt", 0], "base", file)
+
+
+@pytest.fixture(scope="session")
+def base_hash(server: Server, build: Builder) -> str:
+    return server.run(_base(build, "base_kv")).outputs["base"]["text"][0]
+
+
+@pytest.fixture(scope="session")
+def base_weights(server: Server, base_hash: str) -> Weights:
+    return _weights(server, "base_kv")
+
+
+@pytest.fixture(scope="session")
+def edited_weights(server: Server, build: Builder) -> Weights:
+    server.run(build.edit() | build.weights(["refine", 0], "edited", "edited_kv"))
+    return _weights(server, "edited_kv")
+
+
+@pytest.fixture(autouse=True)
+def base_is_untouched(server: Server, build: Builder, base_hash: str) -> Iterator[None]:
+    """After every test of this file, however it ended, the model is the one that was loaded."""
+    yield
+    assert server.run(_base(build)).outputs["base"]["text"][0] == base_hash
+
+
+def _stack(weights: Weights) -> torch.Tensor:
+    return torch.cat([weights[name].double() for name in sorted(weights)])
+
+
+def _relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
+    return (difference.norm() / reference.norm()).item()
+
+
+def _upstream_lora(server: Server, base: Weights) -> Graph:
+    """A LoRA on every K/V matrix, half as strong as the weights themselves."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for name, weight in base.items():
+        up = torch.randn(weight.shape[0], 4, generator=generator)
+        down = torch.randn(4, weight.shape[1], generator=generator)
+        module = name.removesuffix(".weight")
+        tensors[f"{module}.lora_up.weight"] = up * (0.5 * weight.norm() / (up @ down).norm())
+        tensors[f"{module}.lora_down.weight"] = down
+    safetensors.torch.save_file(tensors, server.base / "models" / "loras" / LORA)
+    inputs = {"model": ["ckpt", 0], "lora_name": LORA, "strength_model": 1.0}
+    return {"lora": {"class_type": "LoraLoaderModelOnly", "inputs": inputs}}
+
+
+def test_only_keys_and_values_change(
+    server: Server, build: Builder, base_weights: Weights, edited_weights: Weights, base_hash: str
+) -> None:
+    assert len(base_weights) == 8 and base_weights.keys() == edited_weights.keys()
+    change = _relative(_stack(edited_weights) - _stack(base_weights), _stack(base_weights))
+    assert 0.001 < change < 2.0
+    text = server.run(build.edit() | build.report()).outputs["report"]["text"][0]
+    assert "hamburger -> apple" in text and "Applied to the weights" in text
+
+
+def test_all_matrices_share_one_map(base_weights: Weights, edited_weights: Weights) -> None:
+    base, edited = _stack(base_weights), _stack(edited_weights)
+    shared = torch.linalg.lstsq(base, edited - base).solution
+    assert _relative(base @ shared - (edited - base), edited - base) < 1e-3
+
+
+def test_an_upstream_lora_is_part_of_what_is_edited(
+    server: Server, build: Builder, base_weights: Weights
+) -> None:
+    """W_eff* = W_eff N, with W_eff = W + dW; not W N + dW."""
+    lora = _upstream_lora(server, base_weights)
+    plain = build.checkpoint() | lora | build.weights(["lora", 0], "plain", "lora_kv")
+    server.run(plain)
+    server.run(
+        build.edit(model=["lora", 0]) | lora | build.weights(["refine", 0], "w", "lora_edited_kv")
+    )
+    before, after = _stack(_weights(server, "lora_kv")), _stack(_weights(server, "lora_edited_kv"))
+    assert _relative(before - _stack(base_weights), _stack(base_weights)) > 0.3
+    change = after - before
+    for weights, fits in ((before, True), (_stack(base_weights), False)):
+        shared = torch.linalg.lstsq(weights, change).solution
+        residual = _relative(weights @ shared - change, change)
+        assert residual < 1e-3 if fits else residual > 0.05
+
+
+def test_a_downstream_lora_still_counts(
+    server: Server, build: Builder, base_weights: Weights, edited_weights: Weights
+) -> None:
+    lora = _upstream_lora(server, base_weights)
+    lora["lora"]["inputs"]["model"] = ["refine", 0]
+    server.run(build.edit() | lora | build.weights(["lora", 0], "w", "edited_lora_kv"))
+    up = safetensors.torch.load_file(server.base / "models" / "loras" / LORA)
+    for name, weight in _weights(server, "edited_lora_kv").items():
+        module = name.removesuffix(".weight")
+        added = up[f"{module}.lora_up.weight"] @ up[f"{module}.lora_down.weight"]
+        torch.testing.assert_close(weight, edited_weights[name] + added, rtol=1e-4, atol=1e-5)
+
+
+def test_strength_zero_is_bit_identical_and_one_is_not(server: Server, build: Builder) -> None:
+    latents = {}
+    for name, strength in (("s0", 0.0), ("s1", 1.0)):
+        graph = build.edit(strength=strength) | build.sample(["refine", 0], name)
+        latents[name] = _latent(server, server.run(graph), f"{name}_save")
+    run = server.run(build.checkpoint() | build.sample(["ckpt", 0], "plain"))
+    plain = _latent(server, run, "plain_save")
+    assert torch.equal(latents["s0"], plain)
+    assert not torch.allclose(latents["s1"], plain, atol=1e-2)
+
+
+def test_strength_is_linear(
+    server: Server, build: Builder, base_weights: Weights, edited_weights: Weights
+) -> None:
+    server.run(build.edit(strength=0.5) | build.weights(["refine", 0], "half", "half_kv"))
+    middle = (_stack(base_weights) + _stack(edited_weights)) / 2
+    assert _relative(_stack(_weights(server, "half_kv")) - middle, middle) < 1e-5
+
+
+def test_bypass_restores(server: Server, build: Builder) -> None:
+    """The edited model and the plain one in one prompt, then the plain one alone."""
+    both = build.edit() | build.sample(["refine", 0], "erased") | build.sample(["ckpt", 0], "kept")
+    run = server.run(both)
+    alone = server.run(build.checkpoint() | build.sample(["ckpt", 0], "alone"))
+    assert torch.equal(_latent(server, run, "kept_save"), _latent(server, alone, "alone_save"))
+
+
+def test_conditioning_equals_weights(server: Server, build: Builder) -> None:
+    latents = []
+    for kind in ("weights", "conditioning"):
+        graph = build.edit(apply_as=kind) | build.sample(["refine", 0], kind)
+        latents.append(_latent(server, server.run(graph), f"{kind}_save"))
+    torch.testing.assert_close(*latents, rtol=1e-3, atol=1e-3)
+
+
+def test_second_run_is_all_cached(server: Server, build: Builder) -> None:
+    graph = build.edit() | build.report() | build.sample(["refine", 0], "cached")
+    first = server.run(graph)
+    second = server.run(graph)
+    assert second.cached == set(graph)
+    assert second.outputs["report"] == first.outputs["report"]
+    assert second.outputs["refine"]["text"] == second.outputs["report"]["text"]
+
+
+def test_the_same_inputs_give_the_same_edit(
+    server: Server, build: Builder, edited_weights: Weights
+) -> None:
+    server.run(_base(build))  # another graph in between: the cache is empty
+    server.run(build.edit() | build.weights(["refine", 0], "again", "again_kv"))
+    again = _weights(server, "again_kv")
+    assert all(torch.equal(again[name], edited_weights[name]) for name in again)
+
+
+def test_baked_checkpoint(
+    server: Server, build: Builder, edited_weights: Weights, checkpoint_file: Path
+) -> None:
+    save = {
+        "class_type": "CheckpointSave",
+        "inputs": {
+            "model": ["refine", 0],
+            "clip": ["ckpt", 1],
+            "vae": ["ckpt", 2],
+            "filename_prefix": "checkpoints/baked",
+        },
+    }
+    server.run(build.edit() | {"save": save})
+    file = max((server.output / "checkpoints").glob("baked_*.safetensors"))
+    try:
+        baked = safetensors.torch.load_file(file)
+    finally:
+        file.unlink()
+    original = safetensors.torch.load_file(checkpoint_file)
+    assert baked.keys() == original.keys()
+    for key, value in baked.items():
+        name = key.removeprefix("model.")
+        expected = edited_weights.get(name, original[key])
+        torch.testing.assert_close(value.float(), expected.float(), rtol=FP16_ROUNDING, atol=1e-7)
+    assert sum(not torch.equal(baked[k].float(), original[k].float()) for k in baked) == 8
+
+
+def test_saved_lora_reloads(
+    server: Server, build: Builder, base_weights: Weights, edited_weights: Weights
+) -> None:
+    save = {"class_type": "SaveLoRA", "inputs": {"lora": ["refine", 2], "prefix": "loras/erase"}}
+    server.run(build.edit(lora_rank=768) | {"save": save})
+    file = max((server.output / "loras").glob("erase_*.safetensors"))
+    tensors = safetensors.torch.load_file(file)
+    assert all(key.startswith("lora_unet_") for key in tensors)
+    assert all(tensor.dtype == torch.float16 for tensor in tensors.values())
+    assert len(tensors) == 8 * 3
+
+    mark = len(server.log())
+    loader = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": ["ckpt", 0], "lora_name": file.name, "strength_model": 1.0},
+    }
+    graph = build.checkpoint() | {"lora": loader}
+    run = server.run(
+        graph | build.weights(["lora", 0], "w", "reloaded_kv") | build.sample(["lora", 0], "reload")
+    )
+    assert "lora key not loaded" not in server.log()[mark:]
+    reloaded = _weights(server, "reloaded_kv")
+    for name, weight in reloaded.items():
+        change = edited_weights[name] - base_weights[name]
+        assert _relative(weight - edited_weights[name], change) < 4 * FP16_ROUNDING
+    erased = server.run(build.edit() | build.sample(["refine", 0], "erased2"))
+    expected = _latent(server, erased, "erased2_save")
+    torch.testing.assert_close(
+        _latent(server, run, "reload_save"),
+        expected,
+        rtol=0,
+        atol=0.01 * expected.abs().max().item(),
+    )
+
+
+def test_chained_concept_sets(server: Server, build: Builder) -> None:
+    first = {"first": build.concepts(concepts="ghost -> star", preserve="")["set"]}
+    graph = build.edit() | build.concepts(previous=["first", 0]) | first | build.report()
+    text = server.run(graph).outputs["report"]["text"][0]
+    assert "ghost -> star" in text and "hamburger -> apple" in text
+
+
+def test_an_error_behind_the_node_leaves_the_model_alone(server: Server, build: Builder) -> None:
+    fail = {"fail": {"class_type": "LacunaTestFail", "inputs": {"model": ["refine", 0]}}}
+    run = server.wait(server.queue(build.edit() | fail))
+    assert run.status == "error" and "on purpose" in run.error
+
+
+@pytest.mark.parametrize("delay", [0.3, 2.0])
+def test_interrupt(server: Server, build: Builder, delay: float) -> None:
+    """Stopped within two seconds at any time, and the next run is as if nothing had happened."""
+    names = "\n".join(f"thing number {i} -> apple" for i in range(60))
+    long = build.edit() | build.concepts(concepts=names, templates=30) | build.report()
+    prompt = server.queue(long)
+    while not server.is_running(prompt):
+        time.sleep(0.02)
+    time.sleep(delay)
+    server.post("/interrupt", {})
+    run = server.wait(prompt, 30)
+    assert run.status == "error" and run.message("execution_interrupted") is not None
+    assert run.seconds <= 2.0
+    server.run(build.edit() | build.report())
+
+
+def test_no_place_for_the_text_cache(server: Server, build: Builder) -> None:
+    """A user folder that cannot be written costs time, not the run."""
+    folder = server.base / "user" / "lacuna"
+    target = folder.readlink()
+    folder.unlink()
+    folder.write_text("not a folder")
+    try:
+        graph = build.edit() | build.concepts(concepts="robot -> tree") | build.report()
+        assert "robot -> tree" in server.run(graph).outputs["report"]["text"][0]
+    finally:
+        folder.unlink()
+        folder.symlink_to(target)
+
+
+def test_no_place_for_the_lora(server: Server, build: Builder) -> None:
+    (server.output / "blocked").write_text("not a folder")
+    save = {"class_type": "SaveLoRA", "inputs": {"lora": ["refine", 2], "prefix": "blocked/x"}}
+    run = server.wait(server.queue(build.edit() | {"save": save}))
+    assert run.status == "error"
+    server.run(build.edit() | build.report())
+
+
+def test_api_calls_need_no_browser_state(server: Server, build: Builder) -> None:
+    """A queued prompt that is refused leaves the server able to take the next one."""
+    with pytest.raises(Rejected):
+        server.queue(build.edit() | build.concepts(concepts="") | build.report())
+    server.run(build.edit() | build.report())

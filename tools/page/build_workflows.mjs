@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// Writes workflows/<name>.json, the format that the page saves, from workflows/api/<name>.json.
+//
+//   node build_workflows.mjs http://127.0.0.1:8188 erase_words [...]
+//
+// The page itself lays the widgets out and serialises; positions are those of LAYOUT below: columns
+// from left to right, each a list of node ids from top to bottom.
+import { readFile, writeFile } from "node:fs/promises";
+import { fileURLToPath } from "node:url";
+import { openPage, overlaps } from "./page.mjs";
+
+const WORKFLOWS = fileURLToPath(new URL("../../workflows/", import.meta.url));
+const [COLUMN_GAP, ROW_GAP] = [60, 70];
+const WIDTH = {
+  CheckpointLoaderSimple: 320,
+  CLIPTextEncode: 320,
+  EmptyLatentImage: 320,
+  LacunaConceptSet: 400,
+  LacunaAttentionRefine: 400,
+  KSampler: 320,
+  SaveImage: 360,
+  SaveLoRA: 360,
+  PreviewAny: 400,
+};
+const HEIGHT = { SaveImage: 400, CLIPTextEncode: 130, LacunaConceptSet: 470, PreviewAny: 260 };
+const LAYOUT = {
+  erase_words: [["1", "4", "5", "6"], ["2", "13"], ["3"], ["7", "8"], ["9", "10"], ["11", "12"]],
+  erase_words_save_lora: [
+    ["1", "4", "5", "6"], ["2", "13"], ["3", "14"], ["7", "8"], ["9", "10"], ["11", "12"],
+  ],
+};
+
+async function build(page, name) {
+  const api = JSON.parse(await readFile(`${WORKFLOWS}api/${name}.json`, "utf8"));
+  const workflow = await page.evaluate(
+    async ({ api, name, layout, width, height, gaps }) => {
+      await window.app.loadApiJson(api, name);
+      const titleHeight = 30;
+      let x = 40;
+      for (const column of layout) {
+        let y = 60;
+        let widest = 0;
+        for (const id of column) {
+          const node = window.app.graph.nodes.find((node) => String(node.id) === id);
+          const [, smallest] = node.computeSize();
+          node.setSize([width[node.type] ?? 260, Math.max(smallest, height[node.type] ?? 0)]);
+          node.pos = [x, y];
+          node.title = api[id]._meta.title;
+          y += node.size[1] + titleHeight + gaps[1] - titleHeight;
+          widest = Math.max(widest, node.size[0]);
+        }
+        x += widest + gaps[0];
+      }
+      for (const node of window.app.graph.nodes) {
+        for (const widget of node.widgets ?? []) {
+          if (widget.name === "control_after_generate") widget.value = "fixed";
+        }
+      }
+      window.app.graph.nodes.sort((a, b) => Number(a.id) - Number(b.id));
+      const saved = window.app.graph.serialize();
+      saved.nodes.sort((a, b) => a.id - b.id);
+      return saved;
+    },
+    { api, name, layout: LAYOUT[name], width: WIDTH, height: HEIGHT, gaps: [COLUMN_GAP, ROW_GAP] },
+  );
+  const covered = await overlaps(page);
+  if (covered.length) throw new Error(`${name}: nodes overlap: ${JSON.stringify(covered)}`);
+  const placed = LAYOUT[name].flat().length;
+  if (placed !== workflow.nodes.length) throw new Error(`${name}: LAYOUT misses a node`);
+  delete workflow.extra?.ds;
+  await writeFile(`${WORKFLOWS}${name}.json`, `${JSON.stringify(workflow, null, 2)}\n`);
+}
+
+const [url, ...names] = process.argv.slice(2);
+const { browser, page } = await openPage(url);
+for (const name of names) await build(page, name);
+await browser.close();

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// ComfyUI's page in a headless Chromium.
+import { readFile } from "node:fs/promises";
+import { basename } from "node:path";
+import { chromium } from "playwright-core";
+
+const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
+const READY_MS = 90_000;
+
+export async function openPage(url, { width = 1600, height = 1000 } = {}) {
+  const browser = await chromium.launch({
+    executablePath: CHROMIUM,
+    args: ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"],
+  });
+  const page = await browser.newPage({ viewport: { width, height } });
+  await page.goto(url, { timeout: READY_MS });
+  await page.waitForFunction(() => window.app?.graph && window.app?.extensionManager, null, {
+    timeout: READY_MS,
+  });
+  await page.getByTestId("queue-button").waitFor({ timeout: READY_MS });
+  // Newer pages greet a first visit with the template browser.
+  await page.waitForTimeout(1500);
+  await page.keyboard.press("Escape");
+  await page.waitForTimeout(500);
+  return { browser, page };
+}
+
+// As a user does it: drop the file on the canvas.
+export async function dropWorkflow(page, path) {
+  const text = await readFile(path, "utf8");
+  const count = JSON.parse(text).nodes.length;
+  const transfer = await page.evaluateHandle(
+    ({ text, name }) => {
+      const data = new DataTransfer();
+      data.items.add(new File([text], name, { type: "application/json" }));
+      return data;
+    },
+    { text, name: basename(path) },
+  );
+  await page.dispatchEvent("#graph-canvas", "drop", { dataTransfer: transfer });
+  await page.waitForFunction((count) => window.app.graph.nodes.length === count, count);
+  await page.waitForTimeout(500);
+  await fitView(page);
+}
+
+export async function fitView(page) {
+  await page.evaluate(() => {
+    const bottom = 90;
+    const boxes = window.app.graph.nodes.map((node) => node.boundingRect ?? node.getBounding());
+    const left = Math.min(...boxes.map((box) => box[0]));
+    const top = Math.min(...boxes.map((box) => box[1]));
+    const right = Math.max(...boxes.map((box) => box[0] + box[2]));
+    const low = Math.max(...boxes.map((box) => box[1] + box[3]));
+    const view = window.app.canvas.ds;
+    const { innerWidth, innerHeight } = window;
+    const scale = Math.min((innerWidth - 120) / (right - left), (innerHeight - 60 - bottom) / (low - top));
+    view.scale = Math.min(scale, 1);
+    view.offset[0] = 90 / view.scale - left;
+    view.offset[1] = 70 / view.scale - top;
+    window.app.canvas.setDirty(true, true);
+  });
+  await page.waitForTimeout(300);
+}
+
+// Pairs of nodes that cover each other, by title.
+export function overlaps(page) {
+  return page.evaluate(() => {
+    const nodes = window.app.graph.nodes.map((node) => {
+      const [x, y, w, h] = node.boundingRect ?? node.getBounding();
+      return { title: node.title, x, y, w, h };
+    });
+    const pairs = [];
+    for (const [i, a] of nodes.entries()) {
+      for (const b of nodes.slice(i + 1)) {
+        if (a.x < b.x + b.w && b.x < a.x + a.w && a.y < b.y + b.h && b.y < a.y + a.h) {
+          pairs.push([a.title, b.title]);
+        }
+      }
+    }
+    return pairs;
+  });
+}
+
+// Presses Run; resolves with the prompt's history entry.
+export async function run(page, timeoutMs = 600_000) {
+  const known = await page.evaluate(async () => Object.keys(await (await fetch("/history")).json()));
+  await page.getByTestId("queue-button").click();
+  const handle = await page.waitForFunction(
+    async (known) => {
+      const history = await (await fetch("/history")).json();
+      return Object.entries(history).find(([id]) => !known.includes(id))?.[1] ?? false;
+    },
+    known,
+    { timeout: timeoutMs, polling: 500 },
+  );
+  return handle.jsonValue();
+}
+
+// Sizes of the pictures that each node of `type` shows, by node title.
+export async function shownPictures(page, type, timeoutMs = 30_000) {
+  await page.waitForFunction(
+    (type) =>
+      window.app.graph.nodes
+        .filter((node) => node.type === type)
+        .every((node) => node.imgs?.length && node.imgs.every((image) => image.complete)),
+    type,
+    { timeout: timeoutMs },
+  );
+  return page.evaluate(
+    (type) =>
+      Object.fromEntries(
+        window.app.graph.nodes
+          .filter((node) => node.type === type)
+          .map((node) => [node.title, node.imgs.map((i) => [i.naturalWidth, i.naturalHeight])]),
+      ),
+    type,
+  );
+}
