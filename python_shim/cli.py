@@ -15,8 +15,6 @@ from typing import Any, TextIO
 
 from .errors import HostError
 
-log = logging.getLogger("lacuna")
-
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
@@ -161,9 +159,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _print_results(results: dict[str, dict[str, list[str]]], stream: TextIO) -> None:
+    shown = set()
     for entry in results.values():
         for text in entry.get("text", []):
-            stream.write(f"{text}\n")
+            if text not in shown:  # a report also passes through the node that previews it
+                stream.write(f"{text}\n")
+            shown.add(text)
         for path in [*entry.get("images", []), *entry.get("files", [])]:
             stream.write(f"{path}\n")
     stream.flush()
@@ -223,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(
-        level=logging.DEBUG if options.debug else logging.INFO,
+        level=logging.DEBUG if options.debug else logging.WARNING,
         format="%(message)s",
         stream=sys.stderr,
     )
@@ -232,13 +233,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except KeyboardInterrupt:
-        log.error("Interrupted.")
+        _complain("Interrupted.")
         return INTERRUPTED
     except Exception as error:
         if options.debug:
             raise
-        log.error("%s", _sentence(error))
+        _complain(_sentence(error))
         return FAILED
+
+
+def _complain(sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
 
 
 def _sentence(error: Exception) -> str:

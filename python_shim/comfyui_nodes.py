@@ -80,6 +80,10 @@ def _output(spec: JSON) -> Any:
     )
 
 
+def _has_report(spec: JSON) -> bool:
+    return any(item["id"] == "report" for item in spec["outputs"])
+
+
 def _schema(spec: JSON) -> io.Schema:
     values = {
         "node_id": spec["id"],
@@ -88,6 +92,8 @@ def _schema(spec: JSON) -> io.Schema:
         "category": spec["category"],
         "search_aliases": spec["search_aliases"],
         "is_output_node": spec["output_node"],
+        # Newer hosts then show the report again when the node comes from the cache.
+        "has_intermediate_output": _has_report(spec),
         "inputs": [_input(item) for item in spec["inputs"]],
         "outputs": [_output(item) for item in spec["outputs"]],
         "hidden": [io.Hidden.unique_id],

@@ -13,6 +13,11 @@ PRESERVE = "pizza\nship"
 QUICK = {"LacunaConceptSet": {"templates": 2, "general_prior": "none"}}
 
 
+def save_lora_id(listed: dict[str, Any]) -> str:
+    """ComfyUI's own node to save a LoRA has been renamed once."""
+    return "SaveLoRA" if "SaveLoRA" in listed else "SaveLoRANode"
+
+
 def defaults(schemas: list[dict[str, Any]], node: str) -> dict[str, Any]:
     schema = next(item for item in schemas if item["id"] == node)
     return {item["id"]: item["default"] for item in schema["inputs"] if "default" in item}

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from comfy_server import Graph, Rejected, Run, Server
-from graphs import Builder
+from graphs import Builder, save_lora_id
 
 Weights = dict[str, torch.Tensor]
 
@@ -33,6 +33,11 @@ def _latent(server: Server, run: Run, node: str) -> torch.Tensor:
 
 def _weights(server: Server, file: str) -> Weights:
     return safetensors.torch.load_file(server.output / file)
+
+
+def _save_lora(server: Server, prefix: str) -> Graph:
+    node = save_lora_id(server.get("/object_info"))
+    return {"save": {"class_type": node, "inputs": {"lora": ["refine", 2], "prefix": prefix}}}
 
 
 def _base(build: Builder, file: str = "") -> Graph:
@@ -216,8 +221,7 @@ def test_baked_checkpoint(
 def test_saved_lora_reloads(
     server: Server, build: Builder, base_weights: Weights, edited_weights: Weights
 ) -> None:
-    save = {"class_type": "SaveLoRA", "inputs": {"lora": ["refine", 2], "prefix": "loras/erase"}}
-    server.run(build.edit(lora_rank=768) | {"save": save})
+    server.run(build.edit(lora_rank=768) | _save_lora(server, "loras/erase"))
     file = max((server.output / "loras").glob("erase_*.safetensors"))
     tensors = safetensors.torch.load_file(file)
     assert all(key.startswith("lora_unet_") for key in tensors)
@@ -293,8 +297,7 @@ def test_no_place_for_the_text_cache(server: Server, build: Builder) -> None:
 
 def test_no_place_for_the_lora(server: Server, build: Builder) -> None:
     (server.output / "blocked").write_text("not a folder")
-    save = {"class_type": "SaveLoRA", "inputs": {"lora": ["refine", 2], "prefix": "blocked/x"}}
-    run = server.wait(server.queue(build.edit() | {"save": save}))
+    run = server.wait(server.queue(build.edit() | _save_lora(server, "blocked/x")))
     assert run.status == "error"
     server.run(build.edit() | build.report())
 

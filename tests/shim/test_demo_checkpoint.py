@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -117,19 +116,16 @@ def test_random_weights(expand, tensors):
 
 
 def test_missing_assets_are_one_sentence(expand, tmp_path):
-    with pytest.raises(expand.DemoModelError, match="unet.safetensors.*--random"):
+    with pytest.raises(expand.DemoModelError, match=r"unet\.safetensors.*--random"):
         expand.write_checkpoint(tmp_path, assets=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line(demo_checkpoint, tmp_path):
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        script = REPOSITORY / "tools" / "demo_model" / "expand.py"
-        command = [sys.executable, script, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    done = run("--out", demo_checkpoint.parent)
-    assert done.returncode == 0 and f"{demo_checkpoint} is up to date" in done.stderr
-    refused = run("--out", tmp_path, "--random", "--diffusers")
-    assert refused.returncode == 2 and "trained weights only" in refused.stderr
+def test_command_line(expand, demo_checkpoint, tmp_path, caplog, capsys):
+    with caplog.at_level("INFO"):
+        assert expand.main(["--out", str(demo_checkpoint.parent)]) == 0
+    assert f"{demo_checkpoint} is up to date" in caplog.text
+    with pytest.raises(SystemExit):
+        expand.main(["--out", str(tmp_path), "--random", "--diffusers"])
+    assert "trained weights only" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

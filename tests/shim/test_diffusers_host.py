@@ -92,7 +92,7 @@ def test_encode_has_no_influence_between_prompts(demo):
 
 
 def test_identity_layers_are_dropped_without_a_trace(tmp_path):
-    """The same encoder with two added do-nothing layers gives the same output, and only one layer runs."""
+    """Two added do-nothing layers change no bit of the output, and only one layer runs."""
     weights = {
         "embeddings.token_embedding.weight": noise(1000, 768, seed=1),
         "embeddings.position_embedding.weight": noise(77, 768, seed=2),
@@ -462,7 +462,7 @@ def test_lora_names_stay_inside_their_folder(demo, demo_checkpoint, tmp_path):
     ):
         with pytest.raises(HostError, match="outside the folder"):
             host.load_lora(demo[0], name, 1.0)
-    with pytest.raises(HostError, match='no "missing.safetensors"'):
+    with pytest.raises(HostError, match=r'no "missing\.safetensors"'):
         host.load_lora(demo[0], "missing.safetensors", 1.0)
     with pytest.raises(HostError, match="--lora-dir"):
         DiffusersHost(demo_checkpoint).load_lora(demo[0], "x.safetensors", 1.0)
@@ -612,7 +612,7 @@ def test_a_folder_of_models_is_searched_by_name(demo_checkpoint, tmp_path):
     assert host._checkpoint_path("lacuna_demo.safetensors") == demo_checkpoint
     with pytest.raises(HostError, match="outside the folder"):
         host.load_checkpoint("../other.safetensors")
-    with pytest.raises(HostError, match='no "other.safetensors"'):
+    with pytest.raises(HostError, match=r'no "other\.safetensors"'):
         host.load_checkpoint("other.safetensors")
 
 

@@ -23,6 +23,16 @@ const WIDTH = {
   PreviewAny: 400,
 };
 const HEIGHT = { SaveImage: 400, CLIPTextEncode: 130, LacunaConceptSet: 470, PreviewAny: 260 };
+const NOTES = {
+  erase_words: `Both pictures start from the same noise; only the model differs.
+
+Type what the model must forget into **Concept Set**, one phrase a line: \`target -> what to draw instead\`. List what must stay under *preserve*. Press Run.
+
+Works with SD1.x, SD2.x and SDXL checkpoints: choose yours, and set width and height to its size. The small demo model draws 64 x 64.`,
+  erase_words_save_lora: `As *erase words*, and the edit is also saved as a LoRA in \`output/loras\`: it loads in ComfyUI, A1111/Forge and diffusers like any other.
+
+Strength 1.0 of that LoRA is the strength set in **Attention Refine**. The report says what its rank leaves out.`,
+};
 const LAYOUT = {
   erase_words: [["1", "4", "5", "6"], ["2", "13"], ["3"], ["7", "8"], ["9", "10"], ["11", "12"]],
   erase_words_save_lora: [
@@ -33,9 +43,8 @@ const LAYOUT = {
 async function build(page, name) {
   const api = JSON.parse(await readFile(`${WORKFLOWS}api/${name}.json`, "utf8"));
   const workflow = await page.evaluate(
-    async ({ api, name, layout, width, height, gaps }) => {
+    async ({ api, name, note, layout, width, height, gaps }) => {
       await window.app.loadApiJson(api, name);
-      const titleHeight = 30;
       let x = 40;
       for (const column of layout) {
         let y = 60;
@@ -46,11 +55,17 @@ async function build(page, name) {
           node.setSize([width[node.type] ?? 260, Math.max(smallest, height[node.type] ?? 0)]);
           node.pos = [x, y];
           node.title = api[id]._meta.title;
-          y += node.size[1] + titleHeight + gaps[1] - titleHeight;
+          y += node.size[1] + gaps[1];
           widest = Math.max(widest, node.size[0]);
         }
         x += widest + gaps[0];
       }
+      const comment = window.LiteGraph.createNode("MarkdownNote");
+      window.app.graph.add(comment);
+      const lowest = window.app.graph.nodes.find((node) => String(node.id) === layout[0].at(-1));
+      comment.pos = [lowest.pos[0], lowest.pos[1] + lowest.size[1] + gaps[1]];
+      comment.setSize([lowest.size[0], 300]);
+      comment.widgets[0].value = note;
       for (const node of window.app.graph.nodes) {
         for (const widget of node.widgets ?? []) {
           if (widget.name === "control_after_generate") widget.value = "fixed";
@@ -61,12 +76,20 @@ async function build(page, name) {
       saved.nodes.sort((a, b) => a.id - b.id);
       return saved;
     },
-    { api, name, layout: LAYOUT[name], width: WIDTH, height: HEIGHT, gaps: [COLUMN_GAP, ROW_GAP] },
+    {
+      api,
+      name,
+      note: NOTES[name],
+      layout: LAYOUT[name],
+      width: WIDTH,
+      height: HEIGHT,
+      gaps: [COLUMN_GAP, ROW_GAP],
+    },
   );
   const covered = await overlaps(page);
   if (covered.length) throw new Error(`${name}: nodes overlap: ${JSON.stringify(covered)}`);
   const placed = LAYOUT[name].flat().length;
-  if (placed !== workflow.nodes.length) throw new Error(`${name}: LAYOUT misses a node`);
+  if (placed + 1 !== workflow.nodes.length) throw new Error(`${name}: LAYOUT misses a node`);
   delete workflow.extra?.ds;
   await writeFile(`${WORKFLOWS}${name}.json`, `${JSON.stringify(workflow, null, 2)}\n`);
 }

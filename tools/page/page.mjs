@@ -83,17 +83,15 @@ export function overlaps(page) {
 
 // Presses Run; resolves with the prompt's history entry.
 export async function run(page, timeoutMs = 600_000) {
-  const known = await page.evaluate(async () => Object.keys(await (await fetch("/history")).json()));
+  const history = () => page.evaluate(async () => (await fetch("/history")).json());
+  const known = Object.keys(await history());
   await page.getByTestId("queue-button").click();
-  const handle = await page.waitForFunction(
-    async (known) => {
-      const history = await (await fetch("/history")).json();
-      return Object.entries(history).find(([id]) => !known.includes(id))?.[1] ?? false;
-    },
-    known,
-    { timeout: timeoutMs, polling: 500 },
-  );
-  return handle.jsonValue();
+  for (const end = Date.now() + timeoutMs; Date.now() < end; ) {
+    const entry = Object.entries(await history()).find(([id]) => !known.includes(id));
+    if (entry) return entry[1];
+    await page.waitForTimeout(500);
+  }
+  throw new Error(`the prompt did not end in ${timeoutMs} ms`);
 }
 
 // Sizes of the pictures that each node of `type` shows, by node title.

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/attention_projection.h"
+
+#include <cmath>
+
+#include "lacuna/error.h"
+#include "support/fake_host.h"
+#include "support/random_data.h"
+
+namespace lacuna {
+namespace {
+
+using testing::FakeDenoiser;
+
+class AttentionProjectionTest : public testing::DeviceTest {};
+INSTANTIATE_TEST_SUITE_P(Devices, AttentionProjectionTest, ::testing::ValuesIn(testing::devices()));
+
+TEST_P(AttentionProjectionTest, ValueOnlyLeavesKeysOut) {
+  FakeDenoiser model(3, 16, device());
+  EXPECT_EQ(edited_projections(model, EditedMatrices::kKeyAndValue, 16).size(), 6u);
+  const auto values = edited_projections(model, EditedMatrices::kValueOnly, 16);
+  ASSERT_EQ(values.size(), 3u);
+  for (const auto& projection : values) EXPECT_EQ(projection.role, ProjectionRole::kValue);
+}
+
+TEST_P(AttentionProjectionTest, GramIsTheSumOverLayers) {
+  FakeDenoiser model(3, 16, device());
+  SilentProgress progress;
+  at::Tensor expected = at::zeros({16, 16}, at::kDouble);
+  for (const auto& [name, weight] : model.weights_) {
+    const at::Tensor w = weight.cpu().to(at::kDouble);
+    expected += at::matmul(w.t(), w);
+  }
+  const at::Tensor gram = projection_gram(
+      model, edited_projections(model, EditedMatrices::kKeyAndValue, 16), progress);
+  EXPECT_LT(testing::relative_difference(gram, expected), 1e-6);
+  EXPECT_TRUE(at::equal(gram, gram.t()));
+}
+
+std::string message_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+TEST_P(AttentionProjectionTest, RefusalsNameTheFault) {
+  FakeDenoiser model(2, 16, device());
+  SilentProgress progress;
+  EXPECT_NE(message_of([&] { edited_projections(model, EditedMatrices::kKeyAndValue, 24); })
+                .find("width 24"),
+            std::string::npos);
+  const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 16);
+  model.weights_["layer.1.to_v"][0][0] = NAN;
+  EXPECT_NE(message_of([&] { projection_gram(model, projections, progress); }).find("layer.1.to_v"),
+            std::string::npos);
+  model.projections_.clear();
+  model.family_ = "Flux";
+  EXPECT_NE(message_of([&] { edited_projections(model, EditedMatrices::kKeyAndValue, 16); })
+                .find("Flux"),
+            std::string::npos);
+  EXPECT_THROW(edited_matrices_from_string("key"), Error);
+  for (const auto matrices : {EditedMatrices::kKeyAndValue, EditedMatrices::kValueOnly}) {
+    EXPECT_EQ(edited_matrices_from_string(to_string(matrices)), matrices);
+  }
+}
+
+}  // namespace
+}  // namespace lacuna

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/low_rank.h"
+
+#include "lacuna/lora_export.h"
+#include "support/fake_host.h"
+#include "support/random_data.h"
+
+namespace lacuna {
+namespace {
+
+using testing::FakeDenoiser;
+using testing::random_matrix;
+using testing::relative_difference;
+
+class LowRankTest : public testing::DeviceTest {};
+INSTANTIATE_TEST_SUITE_P(Devices, LowRankTest, ::testing::ValuesIn(testing::devices()));
+
+TEST_P(LowRankTest, ExactWhereTheRankAllows) {
+  const at::Tensor delta = at::matmul(random_matrix(20, 3), random_matrix(3, 20));
+  const at::Tensor w = random_matrix(50, 20);
+  const SharedFactorization factors(delta, at::matmul(w.t(), w));
+  EXPECT_EQ(factors.rank_for(1e-6), 3);
+  EXPECT_LT(factors.residual(3), 1e-6);
+  const at::Tensor v = factors.down(3);
+  EXPECT_LT(relative_difference(at::matmul(at::matmul(at::matmul(w, delta), v.t()), v),
+                                at::matmul(w, delta)),
+            1e-10);
+  EXPECT_NEAR(factors.edit_norm(), at::matmul(w, delta).norm().item<double>(), 1e-8);
+}
+
+// Eckart-Young: the printed residual is the true one, and the singular values' lower bound.
+TEST_P(LowRankTest, TruncationIsTheBestPossibleAndItsResidualIsTrue) {
+  const at::Tensor delta = random_matrix(20, 20);
+  const at::Tensor w = random_matrix(50, 20);
+  const at::Tensor edit = at::matmul(w, delta);
+  const SharedFactorization factors(delta, at::matmul(w.t(), w));
+  const at::Tensor singular = at::linalg_svdvals(edit);
+  for (const int64_t rank : {1, 5, 12}) {
+    const at::Tensor v = factors.down(rank);
+    const double measured =
+        relative_difference(at::matmul(at::matmul(edit, v.t()), v), edit);
+    const double best =
+        (singular.narrow(0, rank, 20 - rank).norm() / singular.norm()).item<double>();
+    EXPECT_NEAR(factors.residual(rank), measured, 1e-9);
+    EXPECT_NEAR(measured, best, 1e-9);
+    EXPECT_EQ(factors.rank_for(measured * 1.0001), rank);
+  }
+  EXPECT_EQ(factors.residual(20), 0.0);
+}
+
+TEST_P(LowRankTest, NoEditHasNoResidual) {
+  const SharedFactorization factors(at::zeros({6, 6}, at::kDouble), at::eye(6, at::kDouble));
+  EXPECT_EQ(factors.residual(1), 0.0);
+  EXPECT_EQ(factors.rank_for(1e-6), 1);
+}
+
+TEST_P(LowRankTest, LoraReproducesThePatchToHalfPrecision) {
+  FakeDenoiser model(3, 16, device());
+  SilentProgress progress;
+  const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 16);
+  const at::Tensor gram = projection_gram(model, projections, progress);
+  // Components of very different size: half precision must not lose the small ones.
+  const at::Tensor delta = 1e-3 * at::outer(random_matrix(16, 1).squeeze(1), random_matrix(16, 1).squeeze(1)) +
+                           2.0 * at::outer(random_matrix(16, 1).squeeze(1), random_matrix(16, 1).squeeze(1));
+  const SharedFactorization factors(delta, gram);
+  for (const double strength : {1.0, 0.5}) {
+    const LoraExport lora = export_lora(model, projections, delta, factors, 8, strength, progress);
+    EXPECT_EQ(lora.rank, 2);
+    EXPECT_LT(lora.residual, 1e-6);
+    EXPECT_EQ(lora.tensors.size(), 3 * projections.size());
+    for (const AttentionProjection& projection : projections) {
+      const at::Tensor up = lora.tensors.at(projection.lora_name + ".lora_up.weight");
+      const at::Tensor down = lora.tensors.at(projection.lora_name + ".lora_down.weight");
+      EXPECT_EQ(lora.tensors.at(projection.lora_name + ".alpha").item<double>(), 2.0);
+      EXPECT_EQ(up.scalar_type(), at::kHalf);
+      EXPECT_TRUE(up.device().is_cpu());
+      const at::Tensor expected =
+          strength * at::matmul(model.effective_weight(projection.name).cpu().to(at::kDouble), delta);
+      // Two factors, each rounded to 11 bits.
+      EXPECT_LT(relative_difference(at::matmul(up.to(at::kDouble), down.to(at::kDouble)), expected), 2e-3);
+    }
+  }
+  const LoraExport truncated = export_lora(model, projections, delta, factors, 1, 1.0, progress);
+  EXPECT_EQ(truncated.rank, 1);
+  EXPECT_GT(truncated.residual, 1e-6);
+}
+
+TEST_P(LowRankTest, HostPatchesEqualTheEditInEitherForm) {
+  FakeDenoiser model(2, 40, device());
+  SilentProgress progress;
+  const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 40);
+  const at::Tensor gram = projection_gram(model, projections, progress);
+  const std::vector<std::pair<at::Tensor, bool>> cases{
+      {at::matmul(random_matrix(40, 2), random_matrix(2, 40)), true}, {random_matrix(40, 40), false}};
+  for (const auto& [delta, low_rank] : cases) {
+    const auto deltas =
+        weight_deltas(model, projections, delta, SharedFactorization(delta, gram), progress);
+    ASSERT_EQ(deltas.size(), projections.size());
+    const auto patched = model.with_weight_deltas(deltas, 0.7);
+    for (const WeightDelta& change : deltas) {
+      EXPECT_EQ(change.down.defined(), low_rank);
+      const at::Tensor w = model.effective_weight(change.name).cpu().to(at::kDouble);
+      EXPECT_LT(relative_difference(patched->effective_weight(change.name),
+                                    w + 0.7 * at::matmul(w, delta)),
+                2e-6);
+      EXPECT_EQ(patched->effective_weight(change.name).device().type(), device().type());
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lacuna

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "support/fake_host.h"
+
+#include <cmath>
+#include <functional>
+#include <sstream>
+#include <stdexcept>
+
+namespace lacuna::testing {
+namespace {
+
+constexpr int64_t kStart = 1;
+constexpr int64_t kEnd = 2;
+
+// Independent of the global random state, so that results are comparable between tests.
+at::Tensor fixed_random(at::IntArrayRef shape, uint64_t seed) {
+  at::Generator generator = at::detail::createCPUGenerator(seed);
+  return at::randn(shape, generator, at::TensorOptions(at::kDouble));
+}
+
+}  // namespace
+
+FakeTextEncoder::FakeTextEncoder(int64_t width, at::Device device)
+    : width_(width), device_(device), mix_(fixed_random({width, width}, 7) / std::sqrt(width)) {}
+
+std::vector<int64_t> FakeTextEncoder::tokenize(const std::string& text) {
+  std::vector<int64_t> ids{kStart};
+  std::istringstream words(text);
+  for (std::string word; words >> word;) {
+    ids.push_back(static_cast<int64_t>(std::hash<std::string>{}(word) % 1'000'003) + 10);
+  }
+  ids.push_back(kEnd);
+  return ids;
+}
+
+at::Tensor FakeTextEncoder::encode(const std::vector<std::string>& prompts) {
+  std::vector<at::Tensor> rows;
+  for (const std::string& prompt : prompts) {
+    ++encoded_prompts;
+    std::vector<int64_t> ids = tokenize(prompt);
+    ids.resize(77, kEnd);
+    at::Tensor state = at::zeros({width_}, at::kDouble);
+    std::vector<at::Tensor> positions;
+    for (size_t t = 0; t < ids.size(); ++t) {
+      const at::Tensor token = fixed_random({width_}, static_cast<uint64_t>(ids[t]));
+      const at::Tensor position = fixed_random({width_}, 5'000'000 + t);
+      state = at::tanh(at::mv(mix_, state) + token + 0.3 * position);
+      positions.push_back(state);
+    }
+    rows.push_back(at::stack(positions));
+  }
+  at::Tensor out = at::stack(rows).to(device_, at::kFloat);
+  return broken ? out * NAN : out;
+}
+
+FakeDenoiser::FakeDenoiser(int64_t layers, int64_t width, at::Device device) {
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    for (const auto role : {ProjectionRole::kKey, ProjectionRole::kValue}) {
+      const std::string suffix = role == ProjectionRole::kKey ? "k" : "v";
+      const std::string name = "layer." + std::to_string(layer) + ".to_" + suffix;
+      projections_.push_back({name, "lora_unet_layer_" + std::to_string(layer) + "_to_" + suffix, role});
+      weights_[name] = fixed_random({8 + 4 * layer, width}, 100 + 2 * layer + (suffix == "v"))
+                           .to(device, at::kFloat);
+    }
+  }
+}
+
+std::shared_ptr<Denoiser> FakeDenoiser::with_weight_deltas(const std::vector<WeightDelta>& deltas,
+                                                           double strength) {
+  auto patched = std::make_shared<FakeDenoiser>(*this);
+  for (const WeightDelta& delta : deltas) {
+    const at::Tensor& weight = weights_.at(delta.name);
+    const at::Tensor change =
+        (delta.down.defined() ? at::matmul(delta.up, delta.down) : delta.up).to(weight.device());
+    patched->weights_[delta.name] = weight + strength * change;
+  }
+  return patched;
+}
+
+std::shared_ptr<Denoiser> FakeDenoiser::with_context_map(const at::Tensor& key_delta,
+                                                         const at::Tensor& value_delta,
+                                                         double strength) {
+  auto patched = std::make_shared<FakeDenoiser>(*this);
+  if (key_delta.defined()) patched->key_map_ = strength * key_delta;
+  if (value_delta.defined()) patched->value_map_ = strength * value_delta;
+  return patched;
+}
+
+at::Tensor FakeDenoiser::sample(const SamplingRequest& request,
+                                const std::function<void(int64_t, int64_t)>& on_step) {
+  const auto mapped = [&](const at::Tensor& map) {
+    const at::Tensor e = request.positive[0].to(weights_.begin()->second.device());
+    return map.defined() ? e + at::matmul(e, map.t().to(e.device(), e.scalar_type())) : e;
+  };
+  at::Tensor sum = at::zeros({}, at::kFloat);
+  for (size_t i = 0; i + 1 < projections_.size(); i += 2) {
+    const at::Tensor keys = at::matmul(mapped(key_map_), weights_.at(projections_[i].name).t());
+    const at::Tensor values = at::matmul(mapped(value_map_), weights_.at(projections_[i + 1].name).t());
+    const at::Tensor query = keys.mean(0, true);
+    sum = sum + at::matmul(at::softmax(at::matmul(query, keys.t()), -1), values).sum().to(at::kCPU);
+  }
+  for (int64_t step = 0; step < request.steps; ++step) on_step(step + 1, request.steps);
+  return request.latent + sum;
+}
+
+at::Tensor FakeImageDecoder::decode(const at::Tensor& latent) {
+  return at::sigmoid(latent.narrow(1, 0, 3)).permute({0, 2, 3, 1}).contiguous();
+}
+
+Checkpoint FakeApplication::load_checkpoint(const std::string& name) {
+  if (name == "missing.safetensors") throw std::runtime_error("no such checkpoint");
+  ++checkpoints_loaded;
+  return {std::make_shared<FakeDenoiser>(3, 16), std::make_shared<FakeTextEncoder>(16),
+          std::make_shared<FakeImageDecoder>()};
+}
+
+std::shared_ptr<Denoiser> FakeApplication::load_lora(const std::shared_ptr<Denoiser>& model,
+                                                     const std::string&, double strength) {
+  std::vector<WeightDelta> deltas;
+  for (const AttentionProjection& projection : model->cross_attention()) {
+    deltas.push_back({projection.name, at::ones_like(model->effective_weight(projection.name)), {}});
+  }
+  return model->with_weight_deltas(deltas, strength);
+}
+
+void CountingProgress::report(int64_t done, int64_t total) {
+  ++reports;
+  last_done = done;
+  last_total = total;
+}
+
+void CountingProgress::check() {
+  if (++checks == cancel_at) throw Cancelled{};
+}
+
+}  // namespace lacuna::testing

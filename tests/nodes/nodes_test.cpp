@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <filesystem>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "lacuna/error.h"
+#include "nodes/attention_refine_node.h"
+#include "nodes/concept_set_node.h"
+#include "nodes/node_registry.h"
+#include "support/fake_host.h"
+#include "support/random_data.h"
+
+namespace lacuna {
+namespace {
+
+using testing::FakeDenoiser;
+using testing::FakeTextEncoder;
+using testing::relative_difference;
+
+std::string message_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+using Values = std::map<std::string, Value>;
+
+std::shared_ptr<const ConceptSet> concepts_of(const std::string& text, Values more = {}) {
+  ConceptSetNode node;
+  more["concepts"] = text;
+  more.try_emplace("general_prior", std::string("none"));
+  more.try_emplace("templates", int64_t{4});
+  SilentProgress progress;
+  return std::get<std::shared_ptr<const ConceptSet>>(
+      node.run(NodeInputs(node.schema(), std::move(more)), progress).outputs[0]);
+}
+
+TEST(Schemas, AreCompleteAndSerialise) {
+  const NodeRegistry registry = NodeRegistry::with_lacuna_nodes();
+  const auto json = nlohmann::json::parse(to_json(registry.schemas()));
+  ASSERT_EQ(json.size(), registry.schemas().size());
+  std::set<std::string> ids;
+  for (const auto& node : json) {
+    EXPECT_TRUE(ids.insert(node["id"]).second);
+    EXPECT_TRUE(node["id"].get<std::string>().starts_with("Lacuna"));
+    EXPECT_EQ(node["category"], "lacuna");
+    EXPECT_FALSE(node["description"].get<std::string>().empty());
+    for (const auto& input : node["inputs"]) {
+      EXPECT_FALSE(input["tooltip"].get<std::string>().empty()) << input["id"];
+      if (input["type"] == "COMBO") {
+        const auto& options = input["options"];
+        EXPECT_NE(std::find(options.begin(), options.end(), input["default"]), options.end());
+      }
+    }
+    for (const auto& output : node["outputs"]) {
+      EXPECT_FALSE(output["tooltip"].get<std::string>().empty()) << output["id"];
+    }
+  }
+  EXPECT_EQ(registry.find("nope"), nullptr);
+  EXPECT_NE(message_of([&] { registry.at("nope"); }).find("LacunaConceptSet"), std::string::npos);
+}
+
+// Saved workflows store widgets by position: this order may only grow.
+TEST(Schemas, InputOrderIsFrozen) {
+  const auto ids = [](const NodeSchema& schema) {
+    std::vector<std::string> list;
+    for (const InputSpec& input : schema.inputs) list.push_back(input.id);
+    return list;
+  };
+  EXPECT_EQ(ids(ConceptSetNode().schema()),
+            (std::vector<std::string>{"concepts", "kind", "default_anchor", "preserve",
+                                      "general_prior", "templates", "previous"}));
+  EXPECT_EQ(ids(AttentionRefineNode().schema()),
+            (std::vector<std::string>{"model", "clip", "concepts", "method", "strength", "matrices",
+                                      "read_at", "regularization", "preserve_weight", "prior_weight",
+                                      "adversarial_rounds", "apply_as", "lora_rank"}));
+}
+
+TEST(NodeInputsTest, TypesRangesAndOptions) {
+  const AttentionRefineNode node;
+  const auto refuse = [&](Values values, const std::string& expected) {
+    const std::string message = message_of([&] { NodeInputs(node.schema(), values); });
+    EXPECT_NE(message.find(expected), std::string::npos) << message;
+  };
+  refuse({{"strength", std::string("much")}}, "must be a number");
+  refuse({{"strength", 3.0}}, "out of range (0 to 2)");
+  refuse({{"strength", std::nan("")}}, "out of range");
+  refuse({{"adversarial_rounds", 1.5}}, "whole number");
+  refuse({{"adversarial_rounds", std::string("1")}}, "whole number");
+  refuse({{"method", std::string("magic")}}, "mace, uce");
+  refuse({{"method", 1.0}}, "must be text");
+  const NodeInputs inputs(node.schema(), {{"strength", int64_t{1}}, {"lora_rank", 8.0}});
+  EXPECT_EQ(inputs.number("strength"), 1.0);
+  EXPECT_EQ(inputs.integer("lora_rank"), 8);
+  EXPECT_EQ(inputs.string("method"), "uce");
+  EXPECT_NE(message_of([&] { inputs.get<std::shared_ptr<Denoiser>>("model"); }).find("missing"), std::string::npos);
+  EXPECT_NE(message_of([&] { inputs.any("model"); }), "");
+  const NodeSchema flag{.id = "x", .display_name = "X", .inputs = {{.id = "on", .type = socket::kBoolean, .default_value = true}}};
+  EXPECT_TRUE(NodeInputs(flag, {}).boolean("on"));
+  EXPECT_NE(message_of([&] { NodeInputs(flag, {{"on", int64_t{1}}}); }), "");
+}
+
+TEST(ConceptSetNodeTest, ReadsWidgetsAndChains) {
+  const auto first = concepts_of("van gogh style", {{"kind", std::string("style")}});
+  EXPECT_EQ(first->concepts[0].anchor, "art");
+  const auto both = concepts_of("church", {{"previous", first}, {"preserve", std::string("barn")}});
+  ASSERT_EQ(both->concepts.size(), 2u);
+  EXPECT_EQ(both->concepts[0].kind, ConceptKind::kStyle);
+  EXPECT_EQ(both->preserve[0].phrase, "barn");
+  // The rules hold across the chain, too.
+  EXPECT_NE(message_of([&] { concepts_of("Van Gogh style", {{"previous", first}}); }), "");
+}
+
+TEST(ConceptSetNodeTest, ValidatesBeforeQueueing) {
+  const ConceptSetNode node;
+  const auto message = [&](Values values) {
+    return message_of([&] { node.validate(NodeInputs(node.schema(), std::move(values))); });
+  };
+  EXPECT_NE(message({{"concepts", std::string(" ")}}).find("no concept"), std::string::npos);
+  EXPECT_NE(message({{"concepts", std::string("{\"format\": 1}")}}), "");
+  EXPECT_EQ(message({{"concepts", std::string("church")}}), "");
+}
+
+TEST(ConceptSetNodeTest, ItsJsonOutputIsItsInputFormat) {
+  ConceptSetNode node;
+  SilentProgress progress;
+  const auto result = node.run(NodeInputs(node.schema(), {{"concepts", std::string("church -> field | abbey")}}), progress);
+  const auto json = std::get<std::string>(result.outputs[1]);
+  const auto again = concepts_of(json, {{"general_prior", std::string("small")}});
+  EXPECT_EQ(*again, *std::get<std::shared_ptr<const ConceptSet>>(result.outputs[0]));
+}
+
+class AttentionRefineTest : public testing::DeviceTest {
+ protected:
+  Values inputs(Values more = {}) {
+    more.try_emplace("model", std::shared_ptr<Denoiser>(model_));
+    more.try_emplace("clip", std::shared_ptr<TextEncoder>(clip_));
+    more.try_emplace("concepts", concepts_of("black cat -> fog\nowl", {{"preserve", std::string("dog")}}));
+    return more;
+  }
+  NodeResult run(Values more = {}) {
+    return node_.run(NodeInputs(node_.schema(), inputs(std::move(more))), progress_);
+  }
+  static std::shared_ptr<FakeDenoiser> model_of(const NodeResult& result) {
+    return std::dynamic_pointer_cast<FakeDenoiser>(std::get<std::shared_ptr<Denoiser>>(result.outputs[0]));
+  }
+  static const Refinement& refinement_of(const NodeResult& result) {
+    return *std::get<std::shared_ptr<const Refinement>>(result.outputs[1]);
+  }
+
+  std::shared_ptr<FakeDenoiser> model_ = std::make_shared<FakeDenoiser>(3, 16, device());
+  std::shared_ptr<FakeTextEncoder> clip_ = std::make_shared<FakeTextEncoder>(16, device());
+  AttentionRefineNode node_;
+  testing::CountingProgress progress_;
+};
+INSTANTIATE_TEST_SUITE_P(Devices, AttentionRefineTest, ::testing::ValuesIn(testing::devices()));
+
+TEST_P(AttentionRefineTest, EveryMatrixGetsTheSameEditAndTheInputStays) {
+  std::map<std::string, at::Tensor> before;
+  for (const auto& [name, weight] : model_->weights_) before[name] = weight.clone();
+  const NodeResult result = run();
+  const at::Tensor delta = refinement_of(result).delta;
+  for (const auto& [name, weight] : model_->weights_) {
+    EXPECT_TRUE(at::equal(weight, before[name]));
+    const at::Tensor w = weight.cpu().to(at::kDouble);
+    const at::Tensor patched = model_of(result)->weights_.at(name);
+    EXPECT_EQ(patched.device().type(), device().type());
+    EXPECT_LT(relative_difference(patched, w + at::matmul(w, delta)), 2e-6);
+  }
+  EXPECT_EQ(result.outputs.size(), node_.schema().outputs.size());
+  EXPECT_NE(std::get<std::string>(result.outputs[3]).find("black cat -> fog"), std::string::npos);
+}
+
+TEST_P(AttentionRefineTest, LinearInStrengthAndZeroIsTheModel) {
+  const auto full = model_of(run());
+  const auto half = model_of(run({{"strength", 0.5}}));
+  const auto none = model_of(run({{"strength", 0.0}}));
+  for (const auto& [name, weight] : model_->weights_) {
+    EXPECT_TRUE(at::equal(none->weights_.at(name), weight));
+    EXPECT_LT(relative_difference(half->weights_.at(name) - weight, 0.5 * (full->weights_.at(name) - weight)), 1e-4);
+  }
+}
+
+TEST_P(AttentionRefineTest, ConditioningFormGivesTheSamePictures) {
+  const NodeResult weights = run({{"apply_as", std::string("weights")}});
+  model_->patchable_ = false;
+  const NodeResult conditioning = run();  // auto
+  EXPECT_TRUE(model_of(conditioning)->key_map_.defined());
+  SamplingRequest request;
+  request.steps = 1;
+  request.positive = clip_->encode({"a photo of black cat"});
+  request.latent = at::zeros({1, 4, 2, 2});
+  const auto sample = [&](Denoiser& model) { return model.sample(request, [](int64_t, int64_t) {}); };
+  EXPECT_LT(relative_difference(sample(*model_of(conditioning)), sample(*model_of(weights))), 1e-4);
+  EXPECT_GT(relative_difference(sample(*model_), sample(*model_of(weights))), 1e-3);
+  EXPECT_NE(message_of([&] { run({{"apply_as", std::string("weights")}}); }).find("packed"), std::string::npos);
+}
+
+TEST_P(AttentionRefineTest, ValueOnlyLeavesKeysAlone) {
+  const auto patched = model_of(run({{"matrices", std::string("value")}}));
+  for (const auto& projection : model_->projections_) {
+    EXPECT_EQ(at::equal(patched->weights_.at(projection.name), model_->weights_.at(projection.name)),
+              projection.role == ProjectionRole::kKey);
+  }
+  model_->patchable_ = false;
+  const auto mapped = model_of(run({{"matrices", std::string("value")}}));
+  EXPECT_FALSE(mapped->key_map_.defined());
+  EXPECT_TRUE(mapped->value_map_.defined());
+}
+
+TEST_P(AttentionRefineTest, UpstreamPatchesChangeTheWeightsButNotTheMatrix) {
+  const NodeResult plain = run();
+  std::vector<WeightDelta> lora;
+  for (const auto& [name, weight] : model_->weights_) lora.push_back({name, 0.3 * at::ones_like(weight), {}});
+  const auto upstream = model_->with_weight_deltas(lora, 1.0);
+  const NodeResult result = run({{"model", upstream}});
+  EXPECT_TRUE(at::equal(refinement_of(result).delta, refinement_of(plain).delta));
+  for (const auto& [name, weight] : model_->weights_) {
+    const at::Tensor w = (weight + 0.3).cpu().to(at::kDouble);
+    EXPECT_LT(relative_difference(model_of(result)->weights_.at(name),
+                                  w + at::matmul(w, refinement_of(plain).delta)), 2e-6);
+  }
+}
+
+TEST_P(AttentionRefineTest, SameInputsSameResultAndStrengthNeedsNoEncoding) {
+  const NodeResult first = run();
+  const int64_t encoded = clip_->encoded_prompts;
+  const NodeResult second = run({{"strength", 0.7}, {"regularization", 1.0}});
+  EXPECT_EQ(clip_->encoded_prompts, encoded);
+  AttentionRefineNode fresh;
+  const NodeResult third = fresh.run(NodeInputs(fresh.schema(), inputs()), progress_);
+  EXPECT_LT(relative_difference(refinement_of(third).delta, refinement_of(first).delta), 1e-12);
+}
+
+TEST_P(AttentionRefineTest, RefusesBeforeAnyPromptIsEncoded) {
+  const auto refuse = [&](Values more, const std::string& expected) {
+    const std::string message = message_of([&] { run(std::move(more)); });
+    EXPECT_NE(message.find(expected), std::string::npos) << message;
+    EXPECT_EQ(clip_->encoded_prompts, 0);
+  };
+  refuse({{"concepts", std::make_shared<const ConceptSet>()}}, "no concept to erase");
+  refuse({{"method", std::string("mace")}, {"read_at", std::string("subject")}}, "read_at");
+  refuse({{"clip", std::shared_ptr<TextEncoder>(std::make_shared<FakeTextEncoder>(24, device()))}}, "width 24");
+  std::string words;
+  for (int i = 0; i < 80; ++i) words += "w" + std::to_string(i) + " ";
+  refuse({{"concepts", concepts_of(words)}}, "too long");
+  model_->weights_.begin()->second[0][0] = NAN;
+  refuse({}, "NaN");
+  model_->projections_.clear();
+  model_->family_ = "SD3";
+  refuse({}, "SD3");
+  const AttentionRefineNode node;
+  EXPECT_NE(message_of([&] {
+              node.validate(NodeInputs(node.schema(), {{"method", std::string("mace")}, {"read_at", std::string("subject")}}));
+            }), "");
+}
+
+TEST_P(AttentionRefineTest, CancelAtEveryCheckLeavesModelAndNextRunIntact) {
+  std::map<std::string, at::Tensor> before;
+  for (const auto& [name, weight] : model_->weights_) before[name] = weight.clone();
+  AttentionRefineNode reference;
+  testing::CountingProgress counter;
+  const NodeResult expected = reference.run(NodeInputs(reference.schema(), inputs()), counter);
+  for (int64_t at = 1; at <= counter.checks; ++at) {
+    AttentionRefineNode node;
+    testing::CountingProgress progress;
+    progress.cancel_at = at;
+    EXPECT_THROW(node.run(NodeInputs(node.schema(), inputs()), progress), testing::Cancelled);
+    progress.cancel_at = -1;
+    const NodeResult again = node.run(NodeInputs(node.schema(), inputs()), progress);
+    EXPECT_LT(relative_difference(refinement_of(again).delta, refinement_of(expected).delta), 1e-12);
+  }
+  for (const auto& [name, weight] : model_->weights_) EXPECT_TRUE(at::equal(weight, before[name]));
+}
+
+TEST_P(AttentionRefineTest, LongListsAreSummarised) {
+  std::string text;
+  for (int i = 0; i < 12; ++i) text += "thing" + std::to_string(i) + "\n";
+  const NodeResult result = run({{"concepts", concepts_of(text, {{"templates", int64_t{1}}})}});
+  EXPECT_NE(result.text[0].find("and 2 more"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace lacuna
