@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import logging
 import os
@@ -228,6 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(message)s",
         stream=sys.stderr,
     )
+    # Python's last collection over all loaded libraries would take longer than some runs do.
+    atexit.register(gc.freeze)
     for chatty in ("httpx", "urllib3", "filelock", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:

@@ -1,39 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // Opens a workflow in the page, runs it, and prints what is seen as one line of JSON.
 //
-//   node run_workflow.mjs URL WORKFLOW.json SCREENSHOT.png [NODE_TITLE=WIDGET=VALUE ...]
+//   node run_workflow.mjs URL WORKFLOW.json SCREENSHOT.png
 import {
-  dropWorkflow, fitView, openPage, overlaps, run, shownPictures,
+  dropWorkflow, fitView, openPage, overlaps, run, shownPictures, unknownNodes,
 } from "../../tools/page/page.mjs";
 
-const [url, workflow, screenshot, ...changes] = process.argv.slice(2);
+const [url, workflow, screenshot] = process.argv.slice(2);
 const { browser, page } = await openPage(url);
 try {
   const failures = [];
   page.on("pageerror", (error) => failures.push(String(error)));
   await dropWorkflow(page, workflow);
-  for (const change of changes) {
-    const [title, widget, value] = change.split("=");
-    await page.evaluate(
-      ({ title, widget, value }) => {
-        const node = window.app.graph.nodes.find((node) => node.title === title);
-        node.widgets.find((item) => item.name === widget).value = value;
-      },
-      { title, widget, value },
-    );
-  }
   const covered = await overlaps(page);
-  const unknown = await page.evaluate(() =>
-    window.app.graph.nodes.filter((node) => node.has_errors || !node.constructor.nodeData)
-      .map((node) => node.type),
-  );
+  const missing = await unknownNodes(page);
   const history = await run(page);
   const pictures = await shownPictures(page, "SaveImage");
+  const report = await page.evaluate(
+    () => window.app.graph.nodes.find((node) => node.type === "PreviewAny").widgets[0].value,
+  );
   await fitView(page);
   await page.waitForTimeout(1000);
   await page.screenshot({ path: screenshot });
   const status = history.status.status_str;
-  console.log(JSON.stringify({ status, pictures, covered, unknown, failures }));
+  console.log(JSON.stringify({ status, pictures, covered, missing, report, failures }));
 } finally {
   await browser.close();
 }

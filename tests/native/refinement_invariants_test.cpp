@@ -97,7 +97,7 @@ TEST_F(RefinementInvariants, N03_StrongRegularizationOrPriorKeepsTheModel) {
       (by_prior ? data.prior_weight : data.lambda) = weight;
       return (edited(w, data) - w).norm().item<double>();
     };
-    const double slope = std::log10(change(1e8) / change(1e7));
+    const double slope = std::log10(change(1e9) / change(1e8));
     EXPECT_NEAR(slope, -1.0, 1e-3) << (by_prior ? "prior" : "lambda");
   }
 }
@@ -170,15 +170,16 @@ TEST_F(RefinementInvariants, N09_SingleRowIsShermanMorrison) {
 
 TEST_F(RefinementInvariants, N10_FewRowsAreInterpolatedExactly) {
   Data data{random_matrix(6, 24), random_matrix(6, 24), {}};
-  data.lambda = 1e-9;
+  data.lambda = 1e-7;
   const at::Tensor w = random_matrix(10, 24);
   const at::Tensor w_new = edited(w, data);
-  // The error is O(lambda + noise floor) over the smallest eigenvalue of the rows' Gram matrix.
-  EXPECT_LT(relative_difference(at::matmul(w_new, data.f.t()), at::matmul(w, data.g.t())), 1e-6);
+  // The error is O(lambda + noise floor) on the rows, and rounding times the condition number
+  // (about 1e9) on the complement.
+  EXPECT_LT(relative_difference(at::matmul(w_new, data.f.t()), at::matmul(w, data.g.t())), 1e-5);
   const at::Tensor q = std::get<0>(at::linalg_qr(data.f.t()));  // basis of the rows
   const at::Tensor x = random_matrix(24, 5);
   const at::Tensor complement = x - at::matmul(q, at::matmul(q.t(), x));
-  EXPECT_LT(relative_difference(at::matmul(w_new, complement), at::matmul(w, complement)), 1e-9);
+  EXPECT_LT(relative_difference(at::matmul(w_new, complement), at::matmul(w, complement)), 1e-6);
 }
 
 TEST_F(RefinementInvariants, EqualRowsCountAsKept) {

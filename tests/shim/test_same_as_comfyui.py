@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The headless host and a real ComfyUI: same tokens, same text embeddings, same latents, same pixels."""
+"""The headless host and a real ComfyUI: same tokens, text embeddings, latents and pixels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def phrases() -> list[str]:
     odd = [
         "", "   ", "it's they're I'll don't", "(very:1.2) [odd] {braces}", "🐶🚀 emoji", "日本の旗",
         "naïve café", "100% of 3,000 €", "a_b-c/d\\e", "<|endoftext|> inside", "x" * 200,
-        "one\ttab\nline", "Ａfull width", "...!!!", "İstanbul", "ΑΒΓ ß", "ﬁ ligature", "e\u0301",
+        "one\ttab\nline", "\uff21full width", "...!!!", "İstanbul", "ΑΒΓ ß", "ﬁ ligature",
+        "e\u0301",
     ]  # fmt: skip
     generator = random.Random(1)
     noise = [

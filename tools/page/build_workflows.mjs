@@ -20,9 +20,15 @@ const WIDTH = {
   KSampler: 320,
   SaveImage: 360,
   SaveLoRA: 360,
-  PreviewAny: 400,
+  PreviewAny: 320,
 };
-const HEIGHT = { SaveImage: 400, CLIPTextEncode: 130, LacunaConceptSet: 470, PreviewAny: 260 };
+const HEIGHT = {
+  CLIPTextEncode: 120,
+  LacunaAttentionRefine: 480, // room for the report below the widgets
+  LacunaConceptSet: 420,
+  PreviewAny: 300,
+  SaveImage: 270, // low enough that the page shows four small pictures as a square
+};
 const NOTES = {
   erase_words: `Both pictures start from the same noise; only the model differs.
 
@@ -34,9 +40,9 @@ Works with SD1.x, SD2.x and SDXL checkpoints: choose yours, and set width and he
 Strength 1.0 of that LoRA is the strength set in **Attention Refine**. The report says what its rank leaves out.`,
 };
 const LAYOUT = {
-  erase_words: [["1", "4", "5", "6"], ["2", "13"], ["3"], ["7", "8"], ["9", "10"], ["11", "12"]],
+  erase_words: [["1", "6"], ["2", "4", "5"], ["3"], ["7", "8"], ["9", "10", "13"], ["11", "12"]],
   erase_words_save_lora: [
-    ["1", "4", "5", "6"], ["2", "13"], ["3", "14"], ["7", "8"], ["9", "10"], ["11", "12"],
+    ["1", "6"], ["2", "4", "5"], ["3", "14"], ["7", "8"], ["9", "10", "13"], ["11", "12"],
   ],
 };
 
@@ -64,7 +70,7 @@ async function build(page, name) {
       window.app.graph.add(comment);
       const lowest = window.app.graph.nodes.find((node) => String(node.id) === layout[0].at(-1));
       comment.pos = [lowest.pos[0], lowest.pos[1] + lowest.size[1] + gaps[1]];
-      comment.setSize([lowest.size[0], 300]);
+      comment.setSize([lowest.size[0], 340]);
       comment.widgets[0].value = note;
       for (const node of window.app.graph.nodes) {
         for (const widget of node.widgets ?? []) {

@@ -81,6 +81,15 @@ export function overlaps(page) {
   });
 }
 
+// Types of nodes that this ComfyUI does not have; notes live in the page only.
+export function unknownNodes(page) {
+  return page.evaluate(async () => {
+    const known = await (await fetch("/object_info")).json();
+    const types = window.app.graph.nodes.map((node) => node.type);
+    return types.filter((type) => !(type in known) && type !== "MarkdownNote");
+  });
+}
+
 // Presses Run; resolves with the prompt's history entry.
 export async function run(page, timeoutMs = 600_000) {
   const history = () => page.evaluate(async () => (await fetch("/history")).json());

@@ -39,13 +39,14 @@ at::Tensor FakeTextEncoder::encode(const std::vector<std::string>& prompts) {
     ++encoded_prompts;
     std::vector<int64_t> ids = tokenize(prompt);
     ids.resize(77, kEnd);
-    at::Tensor state = at::zeros({width_}, at::kDouble);
+    // A running sum forgets nothing: like CLIP's padding, late positions still tell the phrase.
+    at::Tensor sum = at::zeros({width_}, at::kDouble);
     std::vector<at::Tensor> positions;
     for (size_t t = 0; t < ids.size(); ++t) {
       const at::Tensor token = fixed_random({width_}, static_cast<uint64_t>(ids[t]));
       const at::Tensor position = fixed_random({width_}, 5'000'000 + t);
-      state = at::tanh(at::mv(mix_, state) + token + 0.3 * position);
-      positions.push_back(state);
+      if (ids[t] != kEnd) sum = sum + token;
+      positions.push_back(at::tanh(at::mv(mix_, sum)) + 0.3 * token + 0.3 * position);
     }
     rows.push_back(at::stack(positions));
   }

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user does: drop a workflow on the page, press Run, look."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfy_server import REPOSITORY, Server
+
+HERE = Path(__file__).parent
+SCREENSHOTS = REPOSITORY / "build" / "screenshots"
+WORKFLOW = REPOSITORY / "workflows" / "erase_words.json"
+
+
+def _node(chromium: str, script: str, *arguments: object) -> dict[str, Any]:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        ["node", HERE / script, *map(str, arguments)],
+        env={**os.environ, "CHROMIUM": chromium},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_drop_run_and_see_the_pictures(chromium: str, page_server: Server) -> None:
+    picture = SCREENSHOTS / f"{page_server.checkout.name}.png"
+    seen = _node(chromium, "run_workflow.mjs", page_server.url("/"), WORKFLOW, picture)
+    assert seen["status"] == "success"
+    assert seen["pictures"] == {"Before": [[64, 64]] * 4, "After": [[64, 64]] * 4}
+    assert seen["covered"] == [] and seen["missing"] == [] and seen["failures"] == []
+    assert "hamburger -> apple" in seen["report"]
+    assert picture.stat().st_size > 50_000
+
+
+@pytest.mark.parametrize(
+    ("widget", "value", "sentence"),
+    [
+        ("concepts", "owl -> owl", "'owl' is its own anchor"),
+        ("preserve", "pizza\nhamburger", "'hamburger' is both erased and preserved"),
+    ],
+)
+def test_a_mistake_is_told_on_the_page(
+    chromium: str, page_server: Server, widget: str, value: str, sentence: str
+) -> None:
+    picture = SCREENSHOTS / f"{page_server.checkout.name}_{widget}_error.png"
+    change = json.dumps({"title": "Concept Set", "widget": widget, "value": value})
+    seen = _node(
+        chromium, "bad_input.mjs", page_server.url("/"), WORKFLOW, picture, change, sentence
+    )
+    assert seen["times"] == 1  # once, not once per widget
