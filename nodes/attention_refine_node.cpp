@@ -182,7 +182,10 @@ const NodeSchema& AttentionRefineNode::schema() const {
 }
 
 void AttentionRefineNode::validate(const NodeInputs& constants) const {
-  lacuna::check(read_options(constants));
+  if (constants.has_all({"method", "matrices", "read_at", "regularization", "preserve_weight",
+                         "prior_weight", "adversarial_rounds"})) {
+    lacuna::check(read_options(constants));
+  }
 }
 
 NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress) {

@@ -93,11 +93,9 @@ const NodeSchema& ConceptSetNode::schema() const {
 }
 
 void ConceptSetNode::validate(const NodeInputs& constants) const {
-  // Text that comes through a link is not known yet.
-  for (const char* id : {"concepts", "preserve", "default_anchor"}) {
-    if (!constants.has(id)) return;
+  if (constants.has_all({"concepts", "kind", "default_anchor", "preserve", "general_prior", "templates"})) {
+    lacuna::validate(read_set(constants));
   }
-  lacuna::validate(read_set(constants));
 }
 
 NodeResult ConceptSetNode::run(const NodeInputs& inputs, Progress&) {

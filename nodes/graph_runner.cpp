@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <utility>
 
 #include "lacuna/error.h"
@@ -70,22 +71,10 @@ void check_node(const Workflow& workflow, const WorkflowNode& node, const NodeRe
       throw Error(label(node) + ": input '" + input.id + "' is missing; connect or set it");
     }
   }
+  std::set<std::string> linked;
+  for (const auto& [id, link] : node.links) linked.insert(id);
   try {
-    std::map<std::string, Value> constants = node.constants;
-    const NodeInputs inputs(schema, std::move(constants));
-    if (node.links.empty()) {
-      registry.at(node.class_type).validate(inputs);
-    } else {
-      // Widgets that are linked must not be judged by their default.
-      bool widget_linked = false;
-      for (const auto& [id, link] : node.links) {
-        const InputSpec* input = find_input(schema, id);
-        widget_linked = widget_linked ||
-                        (input != nullptr &&
-                         !std::holds_alternative<std::monostate>(input->default_value));
-      }
-      if (!widget_linked) registry.at(node.class_type).validate(inputs);
-    }
+    registry.at(node.class_type).validate(NodeInputs(schema, node.constants, linked));
   } catch (const Error& e) {
     throw Error(label(node) + ": " + e.what());
   }

@@ -54,7 +54,8 @@ void check_range(const InputSpec& input, const Value& value, const std::string& 
 
 }  // namespace
 
-NodeInputs::NodeInputs(const NodeSchema& schema, std::map<std::string, Value> values)
+NodeInputs::NodeInputs(const NodeSchema& schema, std::map<std::string, Value> values,
+                       const std::set<std::string>& linked)
     : schema_(&schema), values_(std::move(values)) {
   for (const InputSpec& input : schema.inputs) {
     const std::string where = schema.display_name + ": '" + input.id + "'";
@@ -74,6 +75,7 @@ NodeInputs::NodeInputs(const NodeSchema& schema, std::map<std::string, Value> va
       }
       continue;
     }
+    if (linked.contains(input.id)) continue;
     std::visit(
         [&](const auto& value) {
           if constexpr (!std::is_same_v<std::decay_t<decltype(value)>, std::monostate>) {
@@ -82,6 +84,10 @@ NodeInputs::NodeInputs(const NodeSchema& schema, std::map<std::string, Value> va
         },
         input.default_value);
   }
+}
+
+bool NodeInputs::has_all(std::initializer_list<const char*> ids) const {
+  return std::all_of(ids.begin(), ids.end(), [&](const char* id) { return has(id); });
 }
 
 const Value& NodeInputs::any(const std::string& id) const {

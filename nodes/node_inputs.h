@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <initializer_list>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -12,14 +14,16 @@
 namespace lacuna {
 
 // The inputs of one run, checked against the schema: types, ranges, options. Absent widgets read as
-// their default.
+// their default, unless they are linked: then their value is not known before the run.
 class NodeInputs {
  public:
   // Throws Error that names the node and the input. Missing sockets are allowed here: validation
   // happens before links are filled.
-  NodeInputs(const NodeSchema& schema, std::map<std::string, Value> values);
+  NodeInputs(const NodeSchema& schema, std::map<std::string, Value> values,
+             const std::set<std::string>& linked = {});
 
   bool has(const std::string& id) const { return values_.contains(id); }
+  bool has_all(std::initializer_list<const char*> ids) const;
 
   bool boolean(const std::string& id) const { return get<bool>(id); }
   int64_t integer(const std::string& id) const { return get<int64_t>(id); }

@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <set>
+
 #include "lacuna/error.h"
 #include "nodes/graph_runner.h"
 #include "nodes/host_nodes.h"
@@ -24,7 +26,11 @@ class NodePack {
 
   void validate(const std::string& id, const py::dict& constants) const {
     const Node& node = registry_.at(id);
-    node.validate(read_inputs(node.schema(), constants));
+    std::set<std::string> linked;  // what is not constant comes through a link
+    for (const InputSpec& input : node.schema().inputs) {
+      if (!constants.contains(input.id)) linked.insert(input.id);
+    }
+    node.validate(read_inputs(node.schema(), constants, linked));
   }
 
   py::list run(const std::string& id, const py::dict& values, py::object host_progress) {
@@ -67,7 +73,8 @@ class NodePack {
   }
 
  private:
-  static NodeInputs read_inputs(const NodeSchema& schema, const py::dict& values) {
+  static NodeInputs read_inputs(const NodeSchema& schema, const py::dict& values,
+                                const std::set<std::string>& linked = {}) {
     std::map<std::string, Value> inputs;
     for (const auto& [key, object] : values) {
       const auto id = key.cast<std::string>();
@@ -76,7 +83,7 @@ class NodePack {
       if (input == nullptr) throw Error(schema.display_name + ": unknown input '" + id + "'");
       inputs[id] = to_value(*input, object);
     }
-    return NodeInputs(schema, std::move(inputs));
+    return NodeInputs(schema, std::move(inputs), linked);
   }
 
   NodeRegistry registry_;

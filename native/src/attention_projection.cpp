@@ -50,6 +50,7 @@ at::Tensor projection_gram(Denoiser& model, const std::vector<AttentionProjectio
       throw Error("the model's weight '" + projection.name +
                   "' holds NaN or infinity; load an undamaged checkpoint");
     }
+    // float32 is enough for a metric; sums over layers are float64.
     const at::Tensor gram = at::matmul(weight.transpose(0, 1), weight).to(at::kCPU, at::kDouble);
     sum = sum.defined() ? sum.add_(gram) : gram;
   }

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 STUBS = Path(__file__).with_name("stubs")
 PROBE_PACK = Path(__file__).with_name("probe_pack")
 START_SECONDS = 120
-STOP_SECONDS = 20
+STOP_SECONDS = 10
 
 Graph = dict[str, dict[str, Any]]
 

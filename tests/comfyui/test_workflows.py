@@ -66,4 +66,6 @@ def test_both_formats_hold_the_same_graph(file: Path) -> None:
         assert linked == expected
         values = [v for v in api[node_id]["inputs"].values() if not isinstance(v, list)]
         shown = [v for v in node.get("widgets_values", []) if v not in ("fixed", "randomize")]
+        if node["type"] == "SaveLoRA":  # its optional 'steps' is a widget of newer pages only
+            shown.pop()
         assert shown == values, node["type"]

@@ -123,6 +123,9 @@ TEST(ConceptSetNodeTest, ValidatesBeforeQueueing) {
   EXPECT_NE(message({{"concepts", std::string(" ")}}).find("no concept"), std::string::npos);
   EXPECT_NE(message({{"concepts", std::string("{\"format\": 1}")}}), "");
   EXPECT_EQ(message({{"concepts", std::string("church")}}), "");
+  // A linked widget is not judged by its default ("church").
+  const NodeInputs linked(node.schema(), {{"preserve", std::string("church")}}, {"concepts"});
+  EXPECT_NO_THROW(node.validate(linked));
 }
 
 TEST(ConceptSetNodeTest, ItsJsonOutputIsItsInputFormat) {

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+// Closed-form erasure on SD1.x and SDXL shapes: statistics + solve + patch, against
+//   naive: what the formula says literally, per matrix: projections of every row materialised,
+//          batched outer products, one float32 inverse per matrix;
+//   dense: the shared d x d map, but multiplied into every matrix as W P and no low-rank form.
+// Embeddings are synthetic (anisotropic, common mean); text encoding is not part of any figure.
+// The naive form is timed on one matrix of each shape and multiplied by their number.
+// Prints one JSON object. Usage: lacuna_bench_closed_form [sd1|sdxl] [concepts ...]
+#include <ATen/ATen.h>
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "lacuna/attention_projection.h"
+#include "lacuna/lora_export.h"
+#include "lacuna/low_rank.h"
+#include "lacuna/refinement.h"
+
+namespace {
+
+using nlohmann::json;
+using namespace lacuna;
+
+constexpr int64_t kPrompts = 30;
+constexpr int64_t kPositions = 75;  // paired positions of a two-token phrase
+constexpr double kLambda = 0.1;
+
+double cpu_seconds() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval& t) {
+    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
+  };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
+double peak_mb() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<double>(usage.ru_maxrss) / 1024.0;
+}
+
+double timed(const std::function<void()>& work) {
+  const double begin = cpu_seconds();
+  work();
+  return cpu_seconds() - begin;
+}
+
+struct Shape {
+  int64_t width = 0;
+  std::map<int64_t, int64_t> matrices;  // rows -> how many K and V matrices have them
+};
+
+Shape shape_of(const std::string& family) {
+  if (family == "sdxl") return {2048, {{640, 20}, {1280, 120}}};
+  return {768, {{320, 10}, {640, 10}, {1280, 12}}};
+}
+
+class BenchModel : public Denoiser {
+ public:
+  explicit BenchModel(const Shape& shape) {
+    for (const auto& [rows, count] : shape.matrices) {
+      for (int64_t i = 0; i < count; ++i) {
+        const std::string name = std::to_string(rows) + "." + std::to_string(i);
+        projections_.push_back({name, name, i % 2 ? ProjectionRole::kValue : ProjectionRole::kKey});
+        weights_[name] = at::randn({rows, shape.width}) * 0.03;
+      }
+    }
+  }
+  std::string family() override { return "benchmark"; }
+  std::string fingerprint() override { return ""; }
+  bool patchable() override { return true; }
+  std::vector<AttentionProjection> cross_attention() override { return projections_; }
+  at::Tensor effective_weight(const std::string& name) override { return weights_.at(name); }
+  std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>&, double) override {
+    return nullptr;
+  }
+  std::shared_ptr<Denoiser> with_context_map(const at::Tensor&, const at::Tensor&, double) override {
+    return nullptr;
+  }
+  at::Tensor sample(const SamplingRequest&, const std::function<void(int64_t, int64_t)>&) override {
+    return {};
+  }
+
+ private:
+  std::vector<AttentionProjection> projections_;
+  std::map<std::string, at::Tensor> weights_;
+};
+
+// Embeddings of one concept's prompts and their anchors, [prompts, positions, d] float32.
+class Embeddings {
+ public:
+  explicit Embeddings(int64_t width)
+      : scale_(at::logspace(0, -2, width, 10.0)), mean_(at::randn({width})) {}
+  at::Tensor draw(int64_t concept_index, bool anchor) const {
+    at::Generator generator =
+        at::detail::createCPUGenerator(static_cast<uint64_t>(1 + 2 * concept_index + anchor));
+    return at::randn({kPrompts, kPositions, scale_.size(0)}, generator, at::TensorOptions(at::kFloat)) *
+               scale_ +
+           mean_;
+  }
+
+ private:
+  at::Tensor scale_;
+  at::Tensor mean_;
+};
+
+// W' of one matrix, literally: sums of outer products of materialised projections.
+at::Tensor naive_matrix(const at::Tensor& w, const Embeddings& embeddings, int64_t concepts) {
+  const int64_t d = w.size(1);
+  at::Tensor numerator = kLambda * w;
+  at::Tensor gram = kLambda * at::eye(d);
+  for (int64_t i = 0; i < concepts; ++i) {
+    const at::Tensor f = embeddings.draw(i, false);
+    const at::Tensor values = at::matmul(embeddings.draw(i, true), w.t());  // [prompts, positions, out]
+    // One outer product per position, summed over prompts, then over positions.
+    numerator += at::bmm(values.permute({1, 2, 0}), f.permute({1, 0, 2})).sum(0) / kPrompts;
+    gram += at::bmm(f.permute({1, 2, 0}), f.permute({1, 0, 2})).sum(0) / kPrompts;
+  }
+  return at::matmul(numerator, at::inverse(gram));
+}
+
+json run(const std::string& family, int64_t concepts) {
+  const Shape shape = shape_of(family);
+  at::manual_seed(1);
+  BenchModel model(shape);
+  const Embeddings embeddings(shape.width);
+  SilentProgress progress;
+  RefinementOptions options;
+  options.regularization = kLambda;
+  const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, shape.width);
+  const double draw_s = timed([&] { embeddings.draw(0, false), embeddings.draw(0, true); });
+
+  json out;
+  const double before_mb = peak_mb();
+  RefinementProblem problem;
+  double statistics_s = 0.0;
+  problem.concepts = TextStatistics::zeros(shape.width);
+  for (int64_t i = 0; i < concepts; ++i) {
+    const at::Tensor from = embeddings.draw(i, false).reshape({-1, shape.width});
+    const at::Tensor to = embeddings.draw(i, true).reshape({-1, shape.width});
+    statistics_s += timed([&] {
+      StatisticsAccumulator sums(shape.width);
+      sums.add_pairs(from, to, 1.0 / kPrompts);
+      problem.concepts.add(sums.finish());
+    });
+  }
+  Refinement refinement;
+  const double solve_s = timed([&] { refinement = solve_refinement(problem, options); });
+  std::vector<WeightDelta> deltas;
+  LoraExport lora;
+  double lora_s = 0.0;
+  const double patch_s = timed([&] {
+    const at::Tensor gram = projection_gram(model, projections, progress);
+    const SharedFactorization factors(refinement.delta, gram);
+    deltas = weight_deltas(model, projections, refinement.delta, factors, progress);
+    lora_s = timed([&] {
+      lora = export_lora(model, projections, refinement.delta, factors, 64, 1.0, progress);
+    });
+  });
+  const double extra_mb = peak_mb() - before_mb;
+  const double dense_s = timed([&] {
+    const at::Tensor p = (refinement.delta + at::eye(shape.width, at::kDouble)).to(at::kFloat);
+    for (const auto& projection : projections) at::matmul(model.effective_weight(projection.name), p);
+  });
+  out["statistics_cpu_s"] = statistics_s;
+  out["solve_cpu_s"] = solve_s;
+  out["patch_cpu_s"] = patch_s;
+  out["lora_cpu_s"] = lora_s;  // included in patch
+  out["lora_rank_64_residual"] = lora.residual;
+  out["cpu_s"] = statistics_s + solve_s + patch_s;
+  out["dense_cpu_s"] = statistics_s + solve_s + dense_s;
+  out["peak_extra_mb"] = extra_mb;
+  out["condition"] = refinement.condition;
+  const double resolve_begin = cpu_seconds();
+  options.regularization = 2 * kLambda;
+  solve_refinement(problem, options);
+  out["resolve_cpu_ms"] = 1e3 * (cpu_seconds() - resolve_begin);
+
+  // Drawing the synthetic rows is not part of the naive method either.
+  double naive_s = 0.0;
+  for (const auto& [rows, count] : shape.matrices) {
+    const at::Tensor w = model.effective_weight(std::to_string(rows) + ".0");
+    const int64_t sampled = std::min<int64_t>(concepts, 10);
+    at::Tensor result;
+    const double seconds =
+        timed([&] { result = naive_matrix(w, embeddings, sampled); }) - draw_s * static_cast<double>(sampled);
+    naive_s += seconds * static_cast<double>(count) * static_cast<double>(concepts) / static_cast<double>(sampled);
+  }
+  out["naive_cpu_s"] = naive_s;
+  out["naive_extrapolated_from_concepts"] = std::min<int64_t>(concepts, 10);
+  out["naive_over_ours"] = naive_s / out["cpu_s"].get<double>();
+
+  // Error of the float32 patch against the float64 normal equations of the same rows.
+  at::Tensor g = kLambda * at::eye(shape.width, at::kDouble);
+  at::Tensor c = g.clone();
+  for (int64_t i = 0; i < concepts; ++i) {
+    const at::Tensor f = embeddings.draw(i, false).reshape({-1, shape.width}).to(at::kDouble);
+    const at::Tensor t = embeddings.draw(i, true).reshape({-1, shape.width}).to(at::kDouble);
+    g.addmm_(f.t(), f, 1.0, 1.0 / kPrompts);
+    c.addmm_(t.t(), f, 1.0, 1.0 / kPrompts);
+  }
+  double worst = 0.0;
+  double worst_naive = 0.0;
+  for (const auto& [rows, count] : shape.matrices) {
+    const std::string name = std::to_string(rows) + ".0";
+    const at::Tensor w = model.effective_weight(name);
+    const at::Tensor reference = at::linalg_solve(g, at::matmul(w.to(at::kDouble), c).t()).t();
+    const auto change = std::find_if(deltas.begin(), deltas.end(), [&](const auto& x) { return x.name == name; });
+    const at::Tensor ours = w + (change->down.defined() ? at::matmul(change->up, change->down) : change->up);
+    worst = std::max(worst, ((ours.to(at::kDouble) - reference).norm() / reference.norm()).item<double>());
+    if (concepts <= 10 && family == "sd1") {
+      const at::Tensor naive = naive_matrix(w, embeddings, concepts).to(at::kDouble);
+      worst_naive = std::max(worst_naive, ((naive - reference).norm() / reference.norm()).item<double>());
+    }
+  }
+  out["rel_error"] = worst;
+  if (worst_naive > 0.0) out["naive_rel_error"] = worst_naive;
+  return out;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string family = argc > 1 ? argv[1] : "sd1";
+  json results;
+  for (int i = 2; i < argc; ++i) {
+    results["n" + std::string(argv[i])] = run(family, std::stoll(argv[i]));
+  }
+  std::printf("%s\n", results.dump(2).c_str());
+}
