@@ -283,6 +283,19 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
     batches.expect(BatchEncoder::batches(item.templates));
   }
 
+  std::vector<std::string> erased;
+  for (const Concept& item : set.concepts) {
+    for (std::string& phrase : phrases(item)) erased.push_back(std::move(phrase));
+  }
+  const std::vector<std::string> unwanted = captions_naming(set.general_prior, erased);
+  batches.expect(BatchEncoder::batches(static_cast<int64_t>(unwanted.size())));
+
+  if (!unwanted.empty()) {
+    StatisticsAccumulator sums(d);
+    sums.add_kept(batches.encode(unwanted).reshape({-1, d}));
+    problem.prior.sub_(sums.finish().kept,
+                       1.0 / static_cast<double>(generic_captions(set.general_prior).size()));
+  }
   for (const Concept* item : to_encode) {
     TextStatistics statistics = collect_concept(encoder, batches, anchors, *item, options);
     sum.add(statistics);

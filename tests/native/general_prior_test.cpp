@@ -23,6 +23,15 @@ TEST(GeneralPrior, CaptionsAreManyAndDistinct) {
   EXPECT_TRUE(generic_captions(GeneralPriorSize::kNone).empty());
 }
 
+TEST(GeneralPrior, FindsCaptionsThatNameAPhraseAsWholeWords) {
+  const auto dogs = captions_naming(GeneralPriorSize::kFull, {"Dog"});
+  EXPECT_GT(dogs.size(), 0u);
+  EXPECT_LT(dogs.size(), 60u);
+  for (const std::string& caption : dogs) EXPECT_NE(caption.find("dog"), std::string::npos);
+  EXPECT_TRUE(captions_naming(GeneralPriorSize::kFull, {"og", "zzyzx"}).empty());
+  EXPECT_TRUE(captions_naming(GeneralPriorSize::kNone, {"dog"}).empty());
+}
+
 TEST(PromptTemplates, OneSlotEachAtMixedPositions) {
   for (const auto kind : {ConceptKind::kObject, ConceptKind::kPerson, ConceptKind::kStyle,
                           ConceptKind::kExplicit}) {

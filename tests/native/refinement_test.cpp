@@ -4,6 +4,7 @@
 
 #include "lacuna/attention_projection.h"
 #include "lacuna/error.h"
+#include "lacuna/general_prior.h"
 #include "lacuna/prompt_templates.h"
 #include "support/fake_host.h"
 #include "support/random_data.h"
@@ -132,6 +133,23 @@ TEST_P(RefinementTest, ConceptsAddUpAndDoNotDependOnEachOther) {
   EXPECT_LT(relative_difference(together.shift, sum.shift), 1e-12);
   EXPECT_LT(relative_difference(together.edited, sum.edited), 1e-12);
   EXPECT_EQ(together.rows, sum.rows);
+}
+
+// What is erased must not be protected by a generic caption that happens to name it.
+TEST_P(RefinementTest, PriorLeavesOutCaptionsThatNameTheConcept) {
+  FakeTextEncoder encoder(8, device());
+  SilentProgress progress;
+  ConceptSet set = set_of({concept_of("dog", "fog", 1)});
+  set.general_prior = GeneralPriorSize::kSmall;
+  const auto unwanted = captions_naming(GeneralPriorSize::kSmall, {"dog"});
+  ASSERT_FALSE(unwanted.empty());
+  at::Tensor expected = general_prior_gram(encoder, GeneralPriorSize::kSmall, progress);
+  for (const std::string& caption : unwanted) {
+    const at::Tensor rows = encoder.encode({caption})[0].cpu().to(at::kDouble);
+    expected -= at::matmul(rows.t(), rows) / 200.0;
+  }
+  const RefinementProblem problem = collect_problem(encoder, set, options_of("uce"), nullptr, progress);
+  EXPECT_LT(relative_difference(problem.prior, expected), 1e-9);
 }
 
 TEST_P(RefinementTest, SharedAnchorsAreEncodedOnceAndProgressReachesItsTotal) {

@@ -4,7 +4,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <span>
+#include <string>
 #include <string_view>
+#include <vector>
 
 #include "lacuna/concept_set.h"
 #include "lacuna/host.h"
@@ -20,5 +22,10 @@ std::span<const std::string_view> generic_captions(GeneralPriorSize size);
 // text encoder only, so it is kept in encoder.cache_directory() under the encoder's fingerprint.
 // A cache file that cannot be read or written is ignored: the matrix is then computed again.
 at::Tensor general_prior_gram(TextEncoder& encoder, GeneralPriorSize size, Progress& progress);
+
+// Captions of the prior that name one of the phrases as whole words: a prior must not protect what
+// is to be erased, so their rows are taken out of the matrix again.
+std::vector<std::string> captions_naming(GeneralPriorSize size,
+                                         const std::vector<std::string>& phrases);
 
 }  // namespace lacuna

@@ -26,9 +26,9 @@ struct RefinementOptions {
   std::string method = "uce";
   ReadAt read_at = ReadAt::kAll;
   EditedMatrices matrices = EditedMatrices::kKeyAndValue;
-  double regularization = 0.1;   // lambda: pull of every direction towards no change
+  double regularization = 10.0;  // lambda: pull of every direction towards no change
   double preserve_weight = 1.0;  // weight of a preserved phrase, where an erased one counts 1
-  double prior_weight = 1.0;     // weight of the general prior, likewise
+  double prior_weight = 10.0;    // weight of the general prior, likewise
   int adversarial_rounds = 0;    // 0..3, closed-form adversarial embeddings (RECE)
 };
 

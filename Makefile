@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` set everything up on a fresh machine; everything they make is in .venv and build.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The torch to build against. On a machine that should use another one: make test TORCH=torch==2.9.1
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc)
+COMFYUI_DIR ?= $(HOME)/ComfyUI
+export COMFYUI_DIR
+
+PY := $(VENV)/bin/python
+# Deterministic tests, and no OpenMP spinning on small machines.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: demo test test-native test-python build bench lint format schemas sanitize coverage clean
+
+demo: build
+	$(PY) tools/demo.py
+
+test: build test-native test-python
+
+test-native: build
+	$(TEST_ENV) build/tests/native/lacuna_native_tests --gtest_brief=1
+	$(TEST_ENV) build/tests/nodes/lacuna_nodes_tests --gtest_brief=1
+
+test-python: build $(VENV)/.host-packages
+	$(TEST_ENV) $(PY) -m pytest tests
+
+build: $(VENV)/.packages
+	$(VENV)/bin/cmake -S . -B build -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DLACUNA_WERROR=ON > build.log 2>&1 || (cat build.log; false)
+	@mv build.log build/configure.log
+	$(VENV)/bin/cmake --build build -j $(JOBS)
+
+# Debian packages are installed only where they are missing and this user may.
+$(VENV)/.packages: tools/requirements.txt tools/install_debian_packages.sh
+	sh tools/install_debian_packages.sh $(PYTHON)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet -r tools/requirements.txt
+	touch $@
+
+# What a ComfyUI checkout needs, only when there is one to test against.
+$(VENV)/.host-packages: $(VENV)/.packages tests/comfyui/requirements.txt tests/comfyui/requirements-nodeps.txt
+	if [ -f "$(COMFYUI_DIR)/main.py" ]; then \
+	  $(PY) -m pip install --quiet -r tests/comfyui/requirements.txt && \
+	  $(PY) -m pip install --quiet --no-deps -r tests/comfyui/requirements-nodeps.txt && touch $@; \
+	fi
+
+bench: build
+	$(VENV)/bin/cmake -S . -B build -DLACUNA_BENCHMARKS=ON > build/configure.log
+	$(VENV)/bin/cmake --build build -j $(JOBS)
+	$(PY) benchmarks/run.py --binary build/benchmarks/lacuna_bench_closed_form
+
+CXX_FILES = $(shell git ls-files 'native/*.h' 'native/*.cpp' 'nodes/*.h' 'nodes/*.cpp' 'plugin/*.h' 'plugin/*.cpp' \
+              'tests/*.h' 'tests/*.cpp' 'benchmarks/*.cpp')
+
+lint: $(VENV)/.packages
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.packages
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# The committed copy that nodes show themselves from while the binary is missing.
+schemas: build
+	$(PY) -c "from python_shim import loader; \
+	  open('python_shim/node_schemas.json', 'w').write(loader.load().NodePack().schemas())"
+
+sanitize: $(VENV)/.packages
+	$(VENV)/bin/cmake -S . -B build-sanitize -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_BUILD_TYPE=Debug -DLACUNA_SANITIZE=ON
+	$(VENV)/bin/cmake --build build-sanitize -j $(JOBS)
+	$(TEST_ENV) build-sanitize/tests/native/lacuna_native_tests --gtest_brief=1
+	$(TEST_ENV) build-sanitize/tests/nodes/lacuna_nodes_tests --gtest_brief=1
+
+coverage: $(VENV)/.packages
+	$(VENV)/bin/cmake -S . -B build-coverage -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_BUILD_TYPE=Debug -DLACUNA_COVERAGE=ON
+	$(VENV)/bin/cmake --build build-coverage -j $(JOBS)
+	$(TEST_ENV) build-coverage/tests/native/lacuna_native_tests --gtest_brief=1
+	$(VENV)/bin/gcovr -r . --filter native/ build-coverage --print-summary
+
+clean:
+	rm -rf build build-sanitize build-coverage
