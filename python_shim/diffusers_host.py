@@ -206,9 +206,7 @@ class DiffusersDenoiser:
         device = next(self._base.unet.parameters()).device
         guided = cfg != 1.0
         with torch.no_grad(), self._base.lock, self._applied():
-            generator = torch.Generator().manual_seed(
-                seed % 2**64
-            )  # the core hands over 64 signed bits
+            generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(latent.shape, generator=generator)
             starts_at_full_noise = abs(float(sigmas[0]) / float(schedule.sigmas[-1]) - 1.0) < 1e-5
             spread = (1.0 + sigmas[0] ** 2).sqrt() if starts_at_full_noise else sigmas[0]

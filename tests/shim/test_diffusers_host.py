@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers", reason='needs pip install "lacuna[headless]"')
@@ -216,7 +217,7 @@ def test_sampling_is_deterministic_and_follows_its_seed(demo):
 
 
 def test_a_negative_seed_is_the_large_one(demo):
-    """The core passes 64 signed bits; users type unsigned ones."""
+    """The core passes 64 signed bits, users type unsigned ones; torch takes either."""
     model, clip, _ = demo
     large = sample(model, clip, seed=2**64 - 5, steps=1)
     assert torch.equal(large, sample(model, clip, seed=-5, steps=1))
@@ -276,6 +277,25 @@ def test_the_model_draws_what_the_prompt_says(demo):
     middle = image[22:36, 26:38].reshape(-1, 3).mean(0)
     assert rim[2] > 0.6 and rim[2] - rim[0] > 0.25, f"the background should be blue: {rim}"
     assert middle[0] > 0.6 and middle[0] - middle[2] > 0.25, f"the rose should be red: {middle}"
+
+
+def test_the_decoder_gets_latents_in_the_trained_scale(demo):
+    """Against diffusers' own TAESD, filled from the asset file by hand."""
+    from diffusers import AutoencoderTiny
+
+    file = Path(__file__).resolve().parents[2] / "assets" / "demo_model" / "vae_decoder.safetensors"
+    tiny = AutoencoderTiny()
+    weights = {}
+    for key, value in load_file(file).items():
+        position, _, rest = key.partition(".")
+        weights[f"layers.{int(position) - 1}.{rest}"] = value.float()
+    tiny.decoder.load_state_dict(weights)
+    with safe_open(file, framework="pt") as opened:
+        latent_std = float(opened.metadata()["latent_std"])
+    unit = noise(1, 4, 8, 8)
+    with torch.no_grad():
+        expected = (tiny.decoder(unit * latent_std) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(demo[2].decode(unit / 0.18215), expected, atol=1e-5, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------- patches while sampling
