@@ -104,10 +104,9 @@ def _schema(spec: JSON) -> io.Schema:
 def _validator(spec: JSON) -> classmethod:
     def validate_inputs(_cls: type, **constants: Any) -> bool:
         # An error is raised, not returned: ComfyUI would repeat it for each input of the signature.
-        pack = _pack()
-        # A link comes as None: its text is not known yet, and judged when the node runs.
-        if None not in constants.values():
-            pack.validate(spec["id"], constants)
+        # A link comes as None: its value is not known yet, and judged when the node runs.
+        given = {name: value for name, value in constants.items() if value is not None}
+        _pack().validate(spec["id"], given)
         return True
 
     names = [item["id"] for item in spec["inputs"] if item["type"] in _WIDGET_TYPES]

@@ -105,20 +105,35 @@ class AnchorEmbeddings {
   std::unordered_map<std::string, at::Tensor> embeddings_;
 };
 
-TokenSpan phrase_span(TextEncoder& encoder, std::string_view prompt_template,
-                      const std::string& phrase) {
+// Prefixes, phrases and anchor prompts come up again and again.
+class Tokens {
+ public:
+  explicit Tokens(TextEncoder& encoder) : encoder_(encoder) {}
+
+  const std::vector<int64_t>& of(const std::string& text) {
+    auto it = known_.find(text);
+    if (it == known_.end()) it = known_.emplace(text, encoder_.tokenize(text)).first;
+    return it->second;
+  }
+
+ private:
+  TextEncoder& encoder_;
+  std::unordered_map<std::string, std::vector<int64_t>> known_;
+};
+
+TokenSpan phrase_span(Tokens& tokens, std::string_view prompt_template, const std::string& phrase) {
   // Byte-pair encoding works word by word, so the tokens before the slot do not depend on the
   // phrase. Counts below leave out the start and end tokens.
   const std::string before = prefix_of_template(prompt_template);
   const auto count = [&](const std::string& text) {
-    return static_cast<int64_t>(encoder.tokenize(text).size()) - 2;
+    return static_cast<int64_t>(tokens.of(text).size()) - 2;
   };
   const int64_t begin = 1 + (before.empty() ? 0 : count(before));
   return {begin, begin + count(phrase)};
 }
 
 // One concept's statistics, divided by the number of templates.
-TextStatistics collect_concept(TextEncoder& encoder, BatchEncoder& batches,
+TextStatistics collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& batches,
                                AnchorEmbeddings& anchors, const Concept& item,
                                const RefinementOptions& options) {
   const EditMethod& method = edit_method(options.method);
@@ -134,10 +149,10 @@ TextStatistics collect_concept(TextEncoder& encoder, BatchEncoder& batches,
     for (int i = 0; i < item.templates; ++i) {
       const std::string_view prompt_template = prompt_templates(item.kind)[i];
       PromptPair pair;
-      pair.target_ids = encoder.tokenize(targets[i]);
-      pair.anchor_ids = encoder.tokenize(fill_template(prompt_template, item.anchor));
-      pair.target_phrase = phrase_span(encoder, prompt_template, phrase);
-      pair.anchor_phrase = phrase_span(encoder, prompt_template, item.anchor);
+      pair.target_ids = tokens.of(targets[i]);
+      pair.anchor_ids = tokens.of(fill_template(prompt_template, item.anchor));
+      pair.target_phrase = phrase_span(tokens, prompt_template, phrase);
+      pair.anchor_phrase = phrase_span(tokens, prompt_template, item.anchor);
       pair.window = encoder.window();
       const int64_t prefix = align_tokens(pair.target_ids, pair.anchor_ids, pair.window).prefix;
       const TokenAlignment rows = method.rows(pair, options.read_at);
@@ -199,12 +214,13 @@ void check(const RefinementOptions& options) {
 }
 
 void check_phrases(TextEncoder& encoder, const ConceptSet& set) {
+  Tokens tokens(encoder);
   const auto check_fit = [&](ConceptKind kind, int templates, const std::string& phrase) {
     for (const std::string& prompt : prompts_of(kind, templates, phrase)) {
-      const auto tokens = static_cast<int64_t>(encoder.tokenize(prompt).size());
-      if (tokens > encoder.window()) {
+      const auto needed = static_cast<int64_t>(tokens.of(prompt).size());
+      if (needed > encoder.window()) {
         throw Error("'" + phrase.substr(0, 60) + "' is too long: its prompts need " +
-                    std::to_string(tokens) + " tokens, the text encoder reads " +
+                    std::to_string(needed) + " tokens, the text encoder reads " +
                     std::to_string(encoder.window()) + "; shorten the phrase");
       }
     }
@@ -213,11 +229,11 @@ void check_phrases(TextEncoder& encoder, const ConceptSet& set) {
     check_fit(item.kind, item.templates, item.anchor);
     for (const std::string& phrase : phrases(item)) {
       check_fit(item.kind, item.templates, phrase);
-      const std::vector<int64_t> ids = encoder.tokenize(phrase);
+      const std::vector<int64_t>& ids = tokens.of(phrase);
       if (ids.size() <= 2) {
         throw Error("the text encoder reads nothing in '" + phrase + "'; use other words");
       }
-      if (ids == encoder.tokenize(item.anchor)) {
+      if (ids == tokens.of(item.anchor)) {
         throw Error("the text encoder reads '" + phrase + "' and its anchor '" + item.anchor +
                     "' as the same words; choose another anchor");
       }
@@ -258,6 +274,7 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
   RefinementProblem problem;
   problem.prior = general_prior_gram(encoder, set.general_prior, progress);
 
+  Tokens tokens(encoder);
   BatchEncoder batches(encoder, progress);
   AnchorEmbeddings anchors(batches);
   std::vector<const Concept*> to_encode;
@@ -297,7 +314,7 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
                        1.0 / static_cast<double>(generic_captions(set.general_prior).size()));
   }
   for (const Concept* item : to_encode) {
-    TextStatistics statistics = collect_concept(encoder, batches, anchors, *item, options);
+    TextStatistics statistics = collect_concept(encoder, tokens, batches, anchors, *item, options);
     sum.add(statistics);
     if (cache != nullptr) cache->insert(cache_key(fingerprint, *item, options), std::move(statistics));
   }

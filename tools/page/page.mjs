@@ -92,12 +92,16 @@ export function unknownNodes(page) {
 
 // Presses Run; resolves with the prompt's history entry.
 export async function run(page, timeoutMs = 600_000) {
-  const history = () => page.evaluate(async () => (await fetch("/history")).json());
-  const known = Object.keys(await history());
+  const queued = page.waitForResponse(
+    (response) => response.url().endsWith("/prompt") && response.request().method() === "POST",
+  );
   await page.getByTestId("queue-button").click();
+  const answer = await (await queued).json();
+  if (!answer.prompt_id) throw new Error(`not queued: ${JSON.stringify(answer)}`);
+  const path = `/history/${answer.prompt_id}`;
   for (const end = Date.now() + timeoutMs; Date.now() < end; ) {
-    const entry = Object.entries(await history()).find(([id]) => !known.includes(id));
-    if (entry) return entry[1];
+    const history = await page.evaluate(async (path) => (await fetch(path)).json(), path);
+    if (history[answer.prompt_id]) return history[answer.prompt_id];
     await page.waitForTimeout(500);
   }
   throw new Error(`the prompt did not end in ${timeoutMs} ms`);
