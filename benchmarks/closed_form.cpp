@@ -82,7 +82,8 @@ class BenchModel : public Denoiser {
   std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>&, double) override {
     return nullptr;
   }
-  std::shared_ptr<Denoiser> with_context_map(const at::Tensor&, const at::Tensor&, double) override {
+  std::shared_ptr<Denoiser> with_context_map(const at::Tensor&, const at::Tensor&,
+                                             double) override {
     return nullptr;
   }
   at::Tensor sample(const SamplingRequest&, const std::function<void(int64_t, int64_t)>&) override {
@@ -102,7 +103,8 @@ class Embeddings {
   at::Tensor draw(int64_t concept_index, bool anchor) const {
     at::Generator generator =
         at::detail::createCPUGenerator(static_cast<uint64_t>(1 + 2 * concept_index + anchor));
-    return at::randn({kPrompts, kPositions, scale_.size(0)}, generator, at::TensorOptions(at::kFloat)) *
+    return at::randn({kPrompts, kPositions, scale_.size(0)}, generator,
+                     at::TensorOptions(at::kFloat)) *
                scale_ +
            mean_;
   }
@@ -119,7 +121,8 @@ at::Tensor naive_matrix(const at::Tensor& w, const Embeddings& embeddings, int64
   at::Tensor gram = kLambda * at::eye(d);
   for (int64_t i = 0; i < concepts; ++i) {
     const at::Tensor f = embeddings.draw(i, false);
-    const at::Tensor values = at::matmul(embeddings.draw(i, true), w.t());  // [prompts, positions, out]
+    const at::Tensor values =
+        at::matmul(embeddings.draw(i, true), w.t());  // [prompts, positions, out]
     // One outer product per position, summed over prompts, then over positions.
     numerator += at::bmm(values.permute({1, 2, 0}), f.permute({1, 0, 2})).sum(0) / kPrompts;
     gram += at::bmm(f.permute({1, 2, 0}), f.permute({1, 0, 2})).sum(0) / kPrompts;
@@ -168,7 +171,8 @@ json run(const std::string& family, int64_t concepts) {
   const double extra_mb = peak_mb() - before_mb;
   const double dense_s = timed([&] {
     const at::Tensor p = (refinement.delta + at::eye(shape.width, at::kDouble)).to(at::kFloat);
-    for (const auto& projection : projections) at::matmul(model.effective_weight(projection.name), p);
+    for (const auto& projection : projections)
+      at::matmul(model.effective_weight(projection.name), p);
   });
   out["statistics_cpu_s"] = statistics_s;
   out["solve_cpu_s"] = solve_s;
@@ -190,9 +194,10 @@ json run(const std::string& family, int64_t concepts) {
     const at::Tensor w = model.effective_weight(std::to_string(rows) + ".0");
     const int64_t sampled = std::min<int64_t>(concepts, 10);
     at::Tensor result;
-    const double seconds =
-        timed([&] { result = naive_matrix(w, embeddings, sampled); }) - draw_s * static_cast<double>(sampled);
-    naive_s += seconds * static_cast<double>(count) * static_cast<double>(concepts) / static_cast<double>(sampled);
+    const double seconds = timed([&] { result = naive_matrix(w, embeddings, sampled); }) -
+                           draw_s * static_cast<double>(sampled);
+    naive_s += seconds * static_cast<double>(count) * static_cast<double>(concepts) /
+               static_cast<double>(sampled);
   }
   out["naive_cpu_s"] = naive_s;
   out["naive_extrapolated_from_concepts"] = std::min<int64_t>(concepts, 10);
@@ -213,12 +218,16 @@ json run(const std::string& family, int64_t concepts) {
     const std::string name = std::to_string(rows) + ".0";
     const at::Tensor w = model.effective_weight(name);
     const at::Tensor reference = at::linalg_solve(g, at::matmul(w.to(at::kDouble), c).t()).t();
-    const auto change = std::find_if(deltas.begin(), deltas.end(), [&](const auto& x) { return x.name == name; });
-    const at::Tensor ours = w + (change->down.defined() ? at::matmul(change->up, change->down) : change->up);
-    worst = std::max(worst, ((ours.to(at::kDouble) - reference).norm() / reference.norm()).item<double>());
+    const auto change =
+        std::find_if(deltas.begin(), deltas.end(), [&](const auto& x) { return x.name == name; });
+    const at::Tensor ours =
+        w + (change->down.defined() ? at::matmul(change->up, change->down) : change->up);
+    worst = std::max(worst,
+                     ((ours.to(at::kDouble) - reference).norm() / reference.norm()).item<double>());
     if (concepts <= 10 && family == "sd1") {
       const at::Tensor naive = naive_matrix(w, embeddings, concepts).to(at::kDouble);
-      worst_naive = std::max(worst_naive, ((naive - reference).norm() / reference.norm()).item<double>());
+      worst_naive =
+          std::max(worst_naive, ((naive - reference).norm() / reference.norm()).item<double>());
     }
   }
   out["rel_error"] = worst;

@@ -38,8 +38,14 @@ def import_ms() -> float:
         "print(1e3 * (time.perf_counter() - t))"
     )
     runs = [
-        float(subprocess.run([sys.executable, "-c", code, str(REPOSITORY)], check=True,
-                             capture_output=True, text=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code, str(REPOSITORY)],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
         for _ in range(5)
     ]
     return statistics.median(runs)
@@ -48,7 +54,10 @@ def import_ms() -> float:
 def commit() -> str:
     return subprocess.run(
         ["git", "describe", "--always", "--dirty"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
 
 

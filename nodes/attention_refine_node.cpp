@@ -36,19 +36,22 @@ std::string format(const char* pattern, double a, double b = 0.0) {
 std::string report(const Refinement& refinement, const LoraExport& lora, double relative_edit,
                    bool as_weights) {
   const size_t n = refinement.concepts.concepts.size();
-  std::string text = "Erased " + std::to_string(n) + (n == 1 ? " concept" : " concepts") + " with '" +
-                     refinement.options.method + "':";
+  std::string text = "Erased " + std::to_string(n) + (n == 1 ? " concept" : " concepts") +
+                     " with '" + refinement.options.method + "':";
   for (size_t i = 0; i < n && i < 10; ++i) {
     const Concept& item = refinement.concepts.concepts[i];
     text += (i == 0 ? " " : "; ") + item.target + " -> " + item.anchor;
   }
   if (n > 10) text += "; and " + std::to_string(n - 10) + " more";
   text += ".\nPreserved: " + std::to_string(refinement.concepts.preserve.size()) +
-          " phrases, general prior " + std::string(to_string(refinement.concepts.general_prior)) + ".";
-  text += format("\nEdit: %.1f %% of the projections' norm, condition number %.2g", 100 * relative_edit,
-                 refinement.condition);
-  text += refinement.floor_added > 0.0 ? format(", floor %.2g added.", refinement.floor_added) : ".";
-  text += as_weights ? "\nApplied to the weights." : "\nApplied to the conditioning (packed weights).";
+          " phrases, general prior " + std::string(to_string(refinement.concepts.general_prior)) +
+          ".";
+  text += format("\nEdit: %.1f %% of the projections' norm, condition number %.2g",
+                 100 * relative_edit, refinement.condition);
+  text +=
+      refinement.floor_added > 0.0 ? format(", floor %.2g added.", refinement.floor_added) : ".";
+  text +=
+      as_weights ? "\nApplied to the weights." : "\nApplied to the conditioning (packed weights).";
   text += "\nLoRA: rank " + std::to_string(lora.rank) +
           format(", leaves out %.3g %% of the edit.", 100 * lora.residual);
   return text;
@@ -73,8 +76,9 @@ const NodeSchema& AttentionRefineNode::schema() const {
               {.id = "model",
                .display_name = "model",
                .type = socket::kModel,
-               .tooltip = "The model to edit; LoRAs loaded before are taken into account. It is not "
-                          "changed itself."},
+               .tooltip =
+                   "The model to edit; LoRAs loaded before are taken into account. It is not "
+                   "changed itself."},
               {.id = "clip",
                .display_name = "clip",
                .type = socket::kClip,
@@ -86,10 +90,11 @@ const NodeSchema& AttentionRefineNode::schema() const {
               {.id = "method",
                .display_name = "method",
                .type = socket::kCombo,
-               .tooltip = "uce: the phrase itself and everything after it in the prompt read as the "
-                          "anchor; erases on its own. mace: only the words around the phrase, the "
-                          "end of text and the padding; the first half of MACE, to be followed by "
-                          "LoRA training.",
+               .tooltip =
+                   "uce: the phrase itself and everything after it in the prompt read as the "
+                   "anchor; erases on its own. mace: only the words around the phrase, the "
+                   "end of text and the padding; the first half of MACE, to be followed by "
+                   "LoRA training.",
                .default_value = std::string("uce"),
                .options = edit_method_names()},
               {.id = "strength",
@@ -110,16 +115,18 @@ const NodeSchema& AttentionRefineNode::schema() const {
               {.id = "read_at",
                .display_name = "read at",
                .type = socket::kCombo,
-               .tooltip = "Which token positions are edited: all, the phrase's own (subject), or the "
-                          "end of text and padding only.",
+               .tooltip =
+                   "Which token positions are edited: all, the phrase's own (subject), or the "
+                   "end of text and padding only.",
                .advanced = true,
                .default_value = std::string("all"),
                .options = {"all", "subject", "end_of_text"}},
               {.id = "regularization",
                .display_name = "regularization",
                .type = socket::kFloat,
-               .tooltip = "Resistance to any change. Raise it when pictures break, lower it when the "
-                          "concept comes through.",
+               .tooltip =
+                   "Resistance to any change. Raise it when pictures break, lower it when the "
+                   "concept comes through.",
                .advanced = true,
                .default_value = RefinementOptions{}.regularization,
                .min = 0.0,
@@ -145,8 +152,9 @@ const NodeSchema& AttentionRefineNode::schema() const {
               {.id = "adversarial_rounds",
                .display_name = "adversarial rounds",
                .type = socket::kInt,
-               .tooltip = "Each round finds the embeddings that would still bring the concepts back "
-                          "and erases them too. More robust, less is kept.",
+               .tooltip =
+                   "Each round finds the embeddings that would still bring the concepts back "
+                   "and erases them too. More robust, less is kept.",
                .advanced = true,
                .default_value = int64_t{0},
                .min = 0,
@@ -171,12 +179,13 @@ const NodeSchema& AttentionRefineNode::schema() const {
                .max = 768,
                .step = 1},
           },
-      .outputs = {{"model", "model", socket::kModel, "The model without the concepts."},
-                  {"refinement", "refinement", socket::kRefinement,
-                   "The edit itself, for LoRA training on top of it."},
-                  {"lora", "lora", socket::kLoraModel,
-                   "The edit as a LoRA for Save LoRA; loads in ComfyUI, A1111/Forge and diffusers."},
-                  {"report", "report", socket::kString, "What was done, in numbers."}},
+      .outputs =
+          {{"model", "model", socket::kModel, "The model without the concepts."},
+           {"refinement", "refinement", socket::kRefinement,
+            "The edit itself, for LoRA training on top of it."},
+           {"lora", "lora", socket::kLoraModel,
+            "The edit as a LoRA for Save LoRA; loads in ComfyUI, A1111/Forge and diffusers."},
+           {"report", "report", socket::kString, "What was done, in numbers."}},
   };
   return schema;
 }
@@ -202,8 +211,9 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
   const std::vector<AttentionProjection> projections =
       edited_projections(*model, options.matrices, clip->width());
   if (apply_as == "weights" && !model->patchable()) {
-    throw Error("this model's weights are packed and cannot be patched exactly; set 'apply as' to "
-                "conditioning");
+    throw Error(
+        "this model's weights are packed and cannot be patched exactly; set 'apply as' to "
+        "conditioning");
   }
   check_phrases(*clip, concepts);
   const at::Tensor gram = projection_gram(*model, projections, progress);
@@ -214,9 +224,8 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
   refinement.encoder_fingerprint = clip->fingerprint();
 
   const SharedFactorization factors(refinement.delta, gram);
-  const LoraExport lora =
-      export_lora(*model, projections, refinement.delta, factors, inputs.integer("lora_rank"),
-                  strength, progress);
+  const LoraExport lora = export_lora(*model, projections, refinement.delta, factors,
+                                      inputs.integer("lora_rank"), strength, progress);
 
   const bool as_weights = apply_as == "weights" || (apply_as == "auto" && model->patchable());
   std::shared_ptr<Denoiser> erased;

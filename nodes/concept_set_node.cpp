@@ -72,8 +72,9 @@ const NodeSchema& ConceptSetNode::schema() const {
               {.id = "templates",
                .display_name = "prompts per concept",
                .type = socket::kInt,
-               .tooltip = "In how many different prompts each phrase is read. Fewer is faster, more "
-                          "is more thorough.",
+               .tooltip =
+                   "In how many different prompts each phrase is read. Fewer is faster, more "
+                   "is more thorough.",
                .advanced = true,
                .default_value = int64_t{kTemplatesPerKind},
                .min = 1,
@@ -85,7 +86,8 @@ const NodeSchema& ConceptSetNode::schema() const {
                .tooltip = "Another Concept Set that this one extends, e.g. styles before objects.",
                .optional = true},
           },
-      .outputs = {{"concepts", "concepts", socket::kConcepts, "The whole list, for Attention Refine."},
+      .outputs = {{"concepts", "concepts", socket::kConcepts,
+                   "The whole list, for Attention Refine."},
                   {"json", "json", socket::kString,
                    "The list as a lacuna.concepts/1 file to save or share."}},
   };
@@ -93,7 +95,8 @@ const NodeSchema& ConceptSetNode::schema() const {
 }
 
 void ConceptSetNode::validate(const NodeInputs& constants) const {
-  if (constants.has_all({"concepts", "kind", "default_anchor", "preserve", "general_prior", "templates"})) {
+  if (constants.has_all(
+          {"concepts", "kind", "default_anchor", "preserve", "general_prior", "templates"})) {
     lacuna::validate(read_set(constants));
   }
 }

@@ -17,7 +17,9 @@ constexpr size_t kMaxTextBytes = 8u << 20;
 constexpr size_t kMaxNodes = 2'000;
 constexpr int kMaxDepth = 32;
 
-std::string label(const WorkflowNode& node) { return "node " + node.id + " (" + node.class_type + ")"; }
+std::string label(const WorkflowNode& node) {
+  return "node " + node.id + " (" + node.class_type + ")";
+}
 
 bool is_link(const json& value) {
   return value.is_array() && value.size() == 2 && value[0].is_string() &&
@@ -95,8 +97,9 @@ Workflow parse_workflow(std::string_view text) {
   }
   if (!root.is_object()) throw Error("the workflow must be a JSON object");
   if (root.contains("nodes") && root.contains("links")) {
-    throw Error("this is a workflow in save format; export it with 'Export (API)' in ComfyUI's "
-                "workflow menu");
+    throw Error(
+        "this is a workflow in save format; export it with 'Export (API)' in ComfyUI's "
+        "workflow menu");
   }
   if (root.empty()) throw Error("the workflow has no nodes");
   if (root.size() > kMaxNodes) throw Error("the workflow has more than 2000 nodes");
@@ -112,7 +115,8 @@ Workflow parse_workflow(std::string_view text) {
       for (const auto& [input, value] : entry["inputs"].items()) {
         if (is_link(value)) {
           const int64_t output = value[1].get<int64_t>();
-          if (output < 0) throw Error(label(node) + ": input '" + input + "' has a negative output");
+          if (output < 0)
+            throw Error(label(node) + ": input '" + input + "' has a negative output");
           node.links[input] = {value[0].get<std::string>(), static_cast<size_t>(output)};
         } else if (!value.is_null()) {
           node.constants[input] = constant(node, input, value);
@@ -127,7 +131,8 @@ Workflow parse_workflow(std::string_view text) {
 std::vector<std::string> plan_workflow(const Workflow& workflow, const NodeRegistry& registry) {
   for (const auto& [id, node] : workflow) {
     if (registry.find(node.class_type) == nullptr) {
-      throw Error(label(node) + ": unknown node type; the headless runner knows the Lacuna nodes "
+      throw Error(label(node) +
+                  ": unknown node type; the headless runner knows the Lacuna nodes "
                   "and the common loading, sampling and saving nodes of ComfyUI");
     }
   }
@@ -140,7 +145,8 @@ std::vector<std::string> plan_workflow(const Workflow& workflow, const NodeRegis
     State& state = states[id];
     if (state == State::kDone) return;
     const WorkflowNode& node = workflow.at(id);
-    if (state == State::kActive) throw Error(label(node) + " depends on itself: the links form a cycle");
+    if (state == State::kActive)
+      throw Error(label(node) + " depends on itself: the links form a cycle");
     state = State::kActive;
     const NodeSchema& schema = registry.at(node.class_type).schema();
     for (const auto& [input, link] : node.links) {
@@ -175,7 +181,8 @@ std::vector<WorkflowOutput> run_workflow(const Workflow& workflow, const NodeReg
     progress.check();
     std::map<std::string, Value> inputs = node.constants;
     for (const auto& [input, link] : node.links) {
-      if (find_input(type.schema(), input) != nullptr) inputs[input] = values.at(link.node).at(link.output);
+      if (find_input(type.schema(), input) != nullptr)
+        inputs[input] = values.at(link.node).at(link.output);
     }
     NodeResult result;
     try {

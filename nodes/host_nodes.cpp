@@ -112,8 +112,8 @@ void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> applica
        .outputs = {output("MODEL", kModel), output("CLIP", kClip), output("VAE", kVae)}},
       [application](const NodeInputs& inputs, Progress&) {
         Checkpoint checkpoint = application->load_checkpoint(inputs.string("ckpt_name"));
-        return NodeResult{.outputs = {checkpoint.denoiser, checkpoint.text_encoder,
-                                      checkpoint.image_decoder}};
+        return NodeResult{
+            .outputs = {checkpoint.denoiser, checkpoint.text_encoder, checkpoint.image_decoder}};
       });
 
   const auto load_lora = [application](const NodeInputs& inputs) {
@@ -142,14 +142,16 @@ void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> applica
       [](const NodeInputs& inputs, Progress&) {
         const std::string& prompt = inputs.string("text");
         if (prompt.find_first_of("()") != std::string::npos) {
-          throw Error("emphasis such as (word:1.2) is not supported headless; write the prompt "
-                      "without brackets");
+          throw Error(
+              "emphasis such as (word:1.2) is not supported headless; write the prompt "
+              "without brackets");
         }
         const auto& clip = inputs.get<std::shared_ptr<TextEncoder>>("clip");
         const auto tokens = static_cast<int64_t>(clip->tokenize(prompt).size());
         if (tokens > clip->window()) {
-          throw Error("the prompt has " + std::to_string(tokens) + " tokens, the text encoder reads " +
-                      std::to_string(clip->window()) + "; shorten it");
+          throw Error("the prompt has " + std::to_string(tokens) +
+                      " tokens, the text encoder reads " + std::to_string(clip->window()) +
+                      "; shorten it");
         }
         return NodeResult{.outputs = {clip->encode({prompt})}};
       });
@@ -159,17 +161,21 @@ void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> applica
                   whole("batch_size", 1, 1, 4096)},
        .outputs = {output("LATENT", kLatent)}},
       [](const NodeInputs& inputs, Progress&) {
-        return NodeResult{.outputs = {at::zeros({inputs.integer("batch_size"), 4,
-                                                 inputs.integer("height") / 8,
-                                                 inputs.integer("width") / 8})}};
+        return NodeResult{
+            .outputs = {at::zeros({inputs.integer("batch_size"), 4, inputs.integer("height") / 8,
+                                   inputs.integer("width") / 8})}};
       });
 
   add({.id = "KSampler",
        .inputs = {link("model", kModel),
                   {.id = "seed", .type = kInt, .default_value = int64_t{0}},
-                  whole("steps", 20, 1, 10000), number("cfg", 8.0, 0, 100), file("sampler_name"),
-                  file("scheduler"), link("positive", kConditioning),
-                  link("negative", kConditioning), link("latent_image", kLatent),
+                  whole("steps", 20, 1, 10000),
+                  number("cfg", 8.0, 0, 100),
+                  file("sampler_name"),
+                  file("scheduler"),
+                  link("positive", kConditioning),
+                  link("negative", kConditioning),
+                  link("latent_image", kLatent),
                   number("denoise", 1.0, 0, 1)},
        .outputs = {output("LATENT", kLatent)}},
       [](const NodeInputs& inputs, Progress& progress) {
@@ -212,7 +218,8 @@ void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> applica
       });
   add({.id = "SaveLoRA",
        .output_node = true,
-       .inputs = {link("lora", kLoraModel), text("prefix", "loras/ComfyUI_trained_lora"),
+       .inputs = {link("lora", kLoraModel),
+                  text("prefix", "loras/ComfyUI_trained_lora"),
                   {.id = "steps", .type = kInt, .optional = true}}},
       [folder](const NodeInputs& inputs, Progress&) {
         const std::string path = numbered_path(folder, inputs.string("prefix"), ".safetensors");

@@ -9,8 +9,8 @@
 
 namespace lacuna {
 
-// The built-in ComfyUI node types that workflows around Lacuna use, over an Application, so that the
-// same workflow JSON runs headless: CheckpointLoaderSimple, LoraLoaderModelOnly, LoraLoader,
+// The built-in ComfyUI node types that workflows around Lacuna use, over an Application, so that
+// the same workflow JSON runs headless: CheckpointLoaderSimple, LoraLoaderModelOnly, LoraLoader,
 // CLIPTextEncode, EmptyLatentImage, KSampler, VAEDecode, SaveImage, PreviewImage, SaveLoRA,
 // PreviewAny. Ids and inputs are ComfyUI's.
 // workflow_json is embedded in saved pictures.

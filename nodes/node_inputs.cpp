@@ -46,9 +46,9 @@ void check_range(const InputSpec& input, const Value& value, const std::string& 
       if (s.ends_with('.')) s.pop_back();
       return s;
     };
-    throw Error(where + " is out of range" +
-                (input.min && input.max ? " (" + text(*input.min) + " to " + text(*input.max) + ")"
-                                        : ""));
+    throw Error(
+        where + " is out of range" +
+        (input.min && input.max ? " (" + text(*input.min) + " to " + text(*input.max) + ")" : ""));
   }
 }
 

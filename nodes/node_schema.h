@@ -40,7 +40,7 @@ struct InputSpec {
   bool optional = false;
   bool advanced = false;
   bool multiline = false;
-  WidgetDefault default_value = {};       // monostate: a socket, filled by a link only
+  WidgetDefault default_value = {};  // monostate: a socket, filled by a link only
   std::optional<double> min = {};
   std::optional<double> max = {};
   std::optional<double> step = {};

@@ -9,8 +9,8 @@
 
 namespace lacuna {
 
-// Hosts written in Python, seen from C++. Every call takes the GIL; exceptions raised in Python pass
-// through as the identical object. The Python side of each class is described in
+// Hosts written in Python, seen from C++. Every call takes the GIL; exceptions raised in Python
+// pass through as the identical object. The Python side of each class is described in
 // python_shim/protocol.py.
 
 std::shared_ptr<Denoiser> wrap_denoiser(pybind11::object object);

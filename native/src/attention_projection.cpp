@@ -28,7 +28,8 @@ std::vector<AttentionProjection> edited_projections(Denoiser& model, EditedMatri
     edited.push_back(std::move(projection));
   }
   if (edited.empty()) {
-    throw Error("this model (" + model.family() + ") has no text cross-attention to edit; Lacuna "
+    throw Error("this model (" + model.family() +
+                ") has no text cross-attention to edit; Lacuna "
                 "works with SD1.x, SD2.x and SDXL models");
   }
   const int64_t width = model.effective_weight(edited.front().name).size(1);

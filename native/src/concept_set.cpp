@@ -49,7 +49,8 @@ T value_of(const std::array<std::pair<T, std::string_view>, N>& table, std::stri
     if (known_name == name) return key;
     known += (known.empty() ? "" : ", ") + std::string(known_name);
   }
-  throw Error("unknown " + std::string(what) + " '" + std::string(name) + "'; use one of: " + known);
+  throw Error("unknown " + std::string(what) + " '" + std::string(name) +
+              "'; use one of: " + known);
 }
 
 std::string in_quotes(std::string_view phrase) { return "'" + std::string(phrase) + "'"; }
@@ -275,7 +276,8 @@ void validate(const ConceptSet& set) {
     for (const std::string& phrase : phrases(item)) {
       check_phrase(phrase, "a synonym of " + in_quotes(item.target));
       if (fold_case(phrase) == fold_case(item.anchor)) {
-        throw Error(in_quotes(phrase) + " is its own anchor: nothing would be erased; choose another "
+        throw Error(in_quotes(phrase) +
+                    " is its own anchor: nothing would be erased; choose another "
                     "anchor after '->'");
       }
       auto [it, added] = owner.emplace(fold_case(phrase), item.target);
@@ -291,7 +293,8 @@ void validate(const ConceptSet& set) {
     check_phrase(item.phrase, "a preserved phrase");
     check_templates(item.templates, item.phrase);
     if (owner.contains(fold_case(item.phrase))) {
-      throw Error(in_quotes(item.phrase) + " is both erased and preserved; remove it from one list");
+      throw Error(in_quotes(item.phrase) +
+                  " is both erased and preserved; remove it from one list");
     }
     if (!preserved.emplace(fold_case(item.phrase), true).second) {
       throw Error(in_quotes(item.phrase) + " is preserved twice; remove one of them");
@@ -347,7 +350,8 @@ ConceptSet concept_set_from_json(std::string_view text) {
   } catch (const json::exception& e) {
     throw Error(std::string("the concept JSON cannot be read: ") + e.what());
   }
-  ObjectReader reader(root, "the concept JSON", {"format", "concepts", "preserve", "general_prior"});
+  ObjectReader reader(root, "the concept JSON",
+                      {"format", "concepts", "preserve", "general_prior"});
   if (const std::string format = reader.string("format"); format != kFormat) {
     throw Error("the concept JSON has format '" + format + "', expected '" + std::string(kFormat) +
                 "'");

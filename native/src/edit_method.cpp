@@ -21,8 +21,9 @@ class MaceMethod final : public EditMethod {
 
   void check(ReadAt read_at) const override {
     if (read_at == ReadAt::kSubject) {
-      throw Error("method 'mace' leaves the phrase's own tokens untouched, so 'read_at' cannot be "
-                  "'subject'; choose 'all' or method 'uce'");
+      throw Error(
+          "method 'mace' leaves the phrase's own tokens untouched, so 'read_at' cannot be "
+          "'subject'; choose 'all' or method 'uce'");
     }
   }
 

@@ -56,7 +56,8 @@ std::span<const std::string_view> generic_captions(GeneralPriorSize size) {
 std::vector<std::string> captions_naming(GeneralPriorSize size,
                                          const std::vector<std::string>& phrases) {
   const auto is_letter = [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || static_cast<unsigned char>(c) >= 0x80;
+    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ||
+           static_cast<unsigned char>(c) >= 0x80;
   };
   const auto names = [&](std::string_view caption, const std::string& phrase) {
     for (size_t at = caption.find(phrase); at != std::string_view::npos;

@@ -37,9 +37,7 @@ int64_t SharedFactorization::rank_for(double tolerance) const {
   return rank;
 }
 
-double SharedFactorization::edit_norm() const {
-  return std::sqrt(energies_.sum().item<double>());
-}
+double SharedFactorization::edit_norm() const { return std::sqrt(energies_.sum().item<double>()); }
 
 at::Tensor SharedFactorization::down(int64_t rank) const {
   return directions_.narrow(1, 0, rank).transpose(0, 1).contiguous();

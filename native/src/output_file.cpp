@@ -27,7 +27,8 @@ OutputFile::~OutputFile() {
 }
 
 void OutputFile::fail() {
-  throw Error("cannot write '" + path_ + "'; check that the folder exists, is writable and not full");
+  throw Error("cannot write '" + path_ +
+              "'; check that the folder exists, is writable and not full");
 }
 
 void OutputFile::write(std::string_view bytes) {

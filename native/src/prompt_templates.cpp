@@ -25,8 +25,9 @@ std::string prefix_of_template(std::string_view prompt_template) {
 
 std::string fill_template(std::string_view prompt_template, std::string_view phrase) {
   const size_t slot = prompt_template.find("{}");
-  return std::string(prompt_template.substr(0, slot)).append(phrase).append(
-      prompt_template.substr(slot + 2));
+  return std::string(prompt_template.substr(0, slot))
+      .append(phrase)
+      .append(prompt_template.substr(slot + 2));
 }
 
 }  // namespace lacuna

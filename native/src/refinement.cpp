@@ -86,7 +86,8 @@ class AnchorEmbeddings {
     const std::string k = key(item);
     auto it = embeddings_.find(k);
     if (it == embeddings_.end()) {
-      it = embeddings_.emplace(k, encoder_.encode(prompts_of(item.kind, item.templates, item.anchor)))
+      it = embeddings_
+               .emplace(k, encoder_.encode(prompts_of(item.kind, item.templates, item.anchor)))
                .first;
     }
     at::Tensor result = it->second;
@@ -239,7 +240,8 @@ void check_phrases(TextEncoder& encoder, const ConceptSet& set) {
       }
     }
   }
-  for (const PreservedPhrase& item : set.preserve) check_fit(item.kind, item.templates, item.phrase);
+  for (const PreservedPhrase& item : set.preserve)
+    check_fit(item.kind, item.templates, item.phrase);
 }
 
 const TextStatistics* StatisticsCache::find(const std::string& key) {
@@ -316,7 +318,8 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
   for (const Concept* item : to_encode) {
     TextStatistics statistics = collect_concept(encoder, tokens, batches, anchors, *item, options);
     sum.add(statistics);
-    if (cache != nullptr) cache->insert(cache_key(fingerprint, *item, options), std::move(statistics));
+    if (cache != nullptr)
+      cache->insert(cache_key(fingerprint, *item, options), std::move(statistics));
   }
   for (const PreservedPhrase* item : preserve_to_encode) {
     TextStatistics statistics = collect_preserved(encoder, batches, *item);

@@ -181,7 +181,8 @@ void save_safetensors(const SafetensorsFile& file, const std::string& path) {
     const auto* type = std::find_if(kTypes.begin(), kTypes.end(), [&](const auto& item) {
       return item.first == tensor.scalar_type();
     });
-    if (type == kTypes.end()) throw Error("tensor '" + name + "' has a type safetensors cannot hold");
+    if (type == kTypes.end())
+      throw Error("tensor '" + name + "' has a type safetensors cannot hold");
     data.push_back(tensor.detach().to(at::kCPU).contiguous());
     const uint64_t size = data.back().nbytes();
     header[name] = {{"dtype", type->second},

@@ -20,7 +20,8 @@ namespace {
 // condition report needs. The start vector is fixed and not symmetric in its coordinates.
 double dominant_eigenvalue(int64_t d, const std::function<at::Tensor(const at::Tensor&)>& apply) {
   at::Tensor v = at::ones({d, 1}, at::kDouble);
-  for (int64_t i = 0; i < d; ++i) v[i][0] = 1.0 + 0.5 * std::sin(static_cast<double>(i) * 1.7 + 1.0);
+  for (int64_t i = 0; i < d; ++i)
+    v[i][0] = 1.0 + 0.5 * std::sin(static_cast<double>(i) * 1.7 + 1.0);
   v = v / v.norm();
   double value = 0.0;
   for (int step = 0; step < 30; ++step) {

@@ -11,6 +11,9 @@ try {
   await page.evaluate(({ title, widget, value }) => {
     const node = window.app.graph.nodes.find((node) => node.title === title);
     node.widgets.find((item) => item.name === widget).value = value;
+    // ComfyUI 0.3 shows no message while another output, here the unedited picture, can still run.
+    const NEVER = 2;
+    for (const other of window.app.graph.nodes) if (other.title === "Before") other.mode = NEVER;
   }, JSON.parse(change));
   await page.getByTestId("queue-button").click();
   const shown = page.getByText(sentence);

@@ -5,12 +5,14 @@
 
 #include "lacuna/error.h"
 #include "support/fake_host.h"
+#include "support/message_of.h"
 #include "support/random_data.h"
 
 namespace lacuna {
 namespace {
 
 using testing::FakeDenoiser;
+using testing::message_of;
 
 class AttentionProjectionTest : public testing::DeviceTest {};
 INSTANTIATE_TEST_SUITE_P(Devices, AttentionProjectionTest, ::testing::ValuesIn(testing::devices()));
@@ -31,26 +33,18 @@ TEST_P(AttentionProjectionTest, GramIsTheSumOverLayers) {
     const at::Tensor w = weight.cpu().to(at::kDouble);
     expected += at::matmul(w.t(), w);
   }
-  const at::Tensor gram = projection_gram(
-      model, edited_projections(model, EditedMatrices::kKeyAndValue, 16), progress);
+  const at::Tensor gram =
+      projection_gram(model, edited_projections(model, EditedMatrices::kKeyAndValue, 16), progress);
   EXPECT_LT(testing::relative_difference(gram, expected), 1e-6);
   EXPECT_TRUE(at::equal(gram, gram.t()));
-}
-
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
 }
 
 TEST_P(AttentionProjectionTest, RefusalsNameTheFault) {
   FakeDenoiser model(2, 16, device());
   SilentProgress progress;
-  EXPECT_NE(message_of([&] { edited_projections(model, EditedMatrices::kKeyAndValue, 24); })
-                .find("width 24"),
+  EXPECT_NE(message_of([&] {
+              edited_projections(model, EditedMatrices::kKeyAndValue, 24);
+            }).find("width 24"),
             std::string::npos);
   const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 16);
   model.weights_["layer.1.to_v"][0][0] = NAN;
@@ -58,9 +52,9 @@ TEST_P(AttentionProjectionTest, RefusalsNameTheFault) {
             std::string::npos);
   model.projections_.clear();
   model.family_ = "Flux";
-  EXPECT_NE(message_of([&] { edited_projections(model, EditedMatrices::kKeyAndValue, 16); })
-                .find("Flux"),
-            std::string::npos);
+  EXPECT_NE(
+      message_of([&] { edited_projections(model, EditedMatrices::kKeyAndValue, 16); }).find("Flux"),
+      std::string::npos);
   EXPECT_THROW(edited_matrices_from_string("key"), Error);
   for (const auto matrices : {EditedMatrices::kKeyAndValue, EditedMatrices::kValueOnly}) {
     EXPECT_EQ(edited_matrices_from_string(to_string(matrices)), matrices);

@@ -1,24 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lacuna/concept_set.h"
 
-#include <functional>
 #include <random>
 
 #include "lacuna/error.h"
 #include "lacuna/text.h"
+#include "support/message_of.h"
 #include "support/random_data.h"
 
 namespace lacuna {
 namespace {
 
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
-}
+using testing::message_of;
 
 ConceptSet parse(const std::string& text, ConceptDefaults defaults = {}) {
   return parse_concepts(text, defaults);
@@ -44,7 +37,8 @@ TEST(ConceptLines, TheWholeSyntax) {
   EXPECT_EQ(set.concepts[0].anchor, "scenery");
   EXPECT_EQ(set.concepts[1].target, "van gogh style");
   EXPECT_EQ(set.concepts[1].anchor, "art");
-  EXPECT_EQ(set.concepts[1].synonyms, (std::vector<std::string>{"starry night style", "vincent style"}));
+  EXPECT_EQ(set.concepts[1].synonyms,
+            (std::vector<std::string>{"starry night style", "vincent style"}));
   EXPECT_EQ(set.concepts[1].comment, "my comment");
   EXPECT_EQ(set.concepts[2].target, "c#");
   EXPECT_EQ(phrases(set.concepts[3]), (std::vector<std::string>{"dog", "puppy", "hound"}));
@@ -107,8 +101,10 @@ TEST(ConceptSetRules, EachHasItsSentence) {
 }
 
 TEST(ConceptJson, RoundTrip) {
-  ConceptSet set = parse("church -> field | chapel # why\ncaf\xC3\xA9 \"bar\"", {.kind = ConceptKind::kStyle, .templates = 5});
-  set.preserve = parse_preserve_lines("barn\nhouse", {.kind = ConceptKind::kPerson, .templates = 3});
+  ConceptSet set = parse("church -> field | chapel # why\ncaf\xC3\xA9 \"bar\"",
+                         {.kind = ConceptKind::kStyle, .templates = 5});
+  set.preserve =
+      parse_preserve_lines("barn\nhouse", {.kind = ConceptKind::kPerson, .templates = 3});
   set.general_prior = GeneralPriorSize::kFull;
   EXPECT_EQ(concept_set_from_json(to_json(set)), set);
   EXPECT_EQ(parse("\n  " + to_json(set)), set);  // pasted into the text box

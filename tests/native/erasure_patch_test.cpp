@@ -36,7 +36,8 @@ TEST_P(ErasurePatchTest, ChangeIsTheFormula) {
   const at::Tensor change = weight_change(patch, kKey, w.to(device()));
   EXPECT_EQ(change.device().type(), device().type());
   EXPECT_LT(relative_difference(change, expected), 1e-12);
-  EXPECT_LT(relative_difference(weight_change(patch, kKey, w.to(device()), 0.25), 0.25 * expected), 1e-12);
+  EXPECT_LT(relative_difference(weight_change(patch, kKey, w.to(device()), 0.25), 0.25 * expected),
+            1e-12);
   EXPECT_EQ(weight_change(patch, kKey, w, 0.0).abs().max().item<double>(), 0.0);
   const at::Tensor half = weight_change(patch, kValue, w.to(device(), at::kHalf));
   EXPECT_EQ(half.scalar_type(), at::kFloat);
@@ -72,7 +73,8 @@ TEST_P(ErasurePatchTest, OtherFilesAreRefused) {
     save_safetensors(file, path);
     EXPECT_THROW(load_patch(path), Error);
   };
-  const std::map<std::string, std::string> good{{"format", "lacuna.patch/1"}, {"matrices", "key+value"}};
+  const std::map<std::string, std::string> good{{"format", "lacuna.patch/1"},
+                                                {"matrices", "key+value"}};
   const at::Tensor square = at::eye(4, at::kDouble);
   refuse({{{"delta", square}}, {}});
   refuse({{{"delta", at::zeros({3, 4})}}, good});

@@ -39,7 +39,8 @@ class FileTest : public testing::DeviceTest {
   }
   size_t files_in_folder() const {
     size_t n = 0;
-    for ([[maybe_unused]] const auto& entry : fs::recursive_directory_iterator(folder_.path(""))) ++n;
+    for ([[maybe_unused]] const auto& entry : fs::recursive_directory_iterator(folder_.path("")))
+      ++n;
     return n;
   }
   testing::TemporaryFolder folder_;
@@ -71,16 +72,18 @@ TEST_P(FileTest, SafetensorsRoundTripEveryType) {
 
 TEST_P(FileTest, HostileSafetensorsAreErrors) {
   const std::string path = folder_.path("bad.safetensors");
-  const auto entry = [](const std::string& dtype, const std::string& shape, const std::string& offsets) {
-    return R"({"t":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets + "}}";
+  const auto entry = [](const std::string& dtype, const std::string& shape,
+                        const std::string& offsets) {
+    return R"({"t":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" +
+           offsets + "}}";
   };
   const std::string four(4, '\1');
   const std::vector<std::string> bad{
       "",
       "1234567",
-      safetensors("{}", "", 10'000'000'000),              // 10 GB header
+      safetensors("{}", "", 10'000'000'000),  // 10 GB header
       safetensors("{}", "", int64_t{1} << 62),
-      safetensors("{}", "x"),                             // data nobody owns
+      safetensors("{}", "x"),  // data nobody owns
       safetensors("not json"),
       safetensors("[]"),
       safetensors(std::string(1000, '[')),
@@ -88,10 +91,10 @@ TEST_P(FileTest, HostileSafetensorsAreErrors) {
       safetensors(R"({"__metadata__": {"a": 3}})"),
       safetensors(R"({"t": 3})"),
       safetensors(R"({"t": {}})"),
-      safetensors(entry("F32", "[1]", "[0,4]")),          // truncated data
+      safetensors(entry("F32", "[1]", "[0,4]")),  // truncated data
       safetensors(entry("F32", "[1]", "[4,0]"), four),
       safetensors(entry("F32", "[1]", "[0,400000000000]"), four),
-      safetensors(entry("F32", "[2]", "[0,4]"), four),    // size and shape disagree
+      safetensors(entry("F32", "[2]", "[0,4]"), four),  // size and shape disagree
       safetensors(entry("F32", "[-1]", "[0,4]"), four),
       safetensors(entry("F32", "[1.5]", "[0,4]"), four),
       safetensors(entry("F32", "[4611686018427387904,4]", "[0,4]"), four),  // overflows
@@ -100,9 +103,11 @@ TEST_P(FileTest, HostileSafetensorsAreErrors) {
       safetensors(R"({"t":{"shape":[1],"data_offsets":[0,4]}})", four),
       safetensors(entry("F32", "[1]", "[0]"), four),
       safetensors(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},)"
-                  R"("b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", four),  // overlap
+                  R"("b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})",
+                  four),  // overlap
       safetensors(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
-                  R"("b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}})", "abc"),  // gap
+                  R"("b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}})",
+                  "abc"),  // gap
   };
   for (size_t i = 0; i < bad.size(); ++i) {
     write(path, bad[i]);
@@ -175,7 +180,8 @@ TEST_P(FileTest, FullDiskLeavesNoPartialFile) {
 }
 
 TEST_P(FileTest, PngRoundTripWithText) {
-  const at::Tensor image = at::randint(0, 256, {9, 13, 3}, at::kLong).to(device(), at::kFloat) / 255;
+  const at::Tensor image =
+      at::randint(0, 256, {9, 13, 3}, at::kLong).to(device(), at::kFloat) / 255;
   const std::string path = folder_.path("a.png");
   save_png(image * 1.0, path, {{"prompt", "{\"1\": {}}"}});
   EXPECT_LT((load_image(path) - image.cpu()).abs().max().item<double>(), 1e-6);

@@ -33,8 +33,8 @@ TEST(GeneralPrior, FindsCaptionsThatNameAPhraseAsWholeWords) {
 }
 
 TEST(PromptTemplates, OneSlotEachAtMixedPositions) {
-  for (const auto kind : {ConceptKind::kObject, ConceptKind::kPerson, ConceptKind::kStyle,
-                          ConceptKind::kExplicit}) {
+  for (const auto kind :
+       {ConceptKind::kObject, ConceptKind::kPerson, ConceptKind::kStyle, ConceptKind::kExplicit}) {
     const auto templates = prompt_templates(kind);
     ASSERT_EQ(templates.size(), static_cast<size_t>(kTemplatesPerKind));
     int starts = 0;
@@ -73,8 +73,12 @@ TEST_P(GeneralPriorTest, IsTheMeanGramOverCaptions) {
     const at::Tensor rows = encoder.encode({std::string(caption)})[0].cpu().to(at::kDouble);
     expected += at::matmul(rows.t(), rows) / 200.0;
   }
-  EXPECT_LT(relative_difference(general_prior_gram(encoder, GeneralPriorSize::kSmall, progress), expected), 1e-9);
-  EXPECT_EQ(general_prior_gram(encoder, GeneralPriorSize::kNone, progress).abs().max().item<double>(), 0.0);
+  EXPECT_LT(relative_difference(general_prior_gram(encoder, GeneralPriorSize::kSmall, progress),
+                                expected),
+            1e-9);
+  EXPECT_EQ(
+      general_prior_gram(encoder, GeneralPriorSize::kNone, progress).abs().max().item<double>(),
+      0.0);
 }
 
 TEST_P(GeneralPriorTest, IsCachedUnderTheEncodersHash) {

@@ -37,8 +37,7 @@ TEST_P(LowRankTest, TruncationIsTheBestPossibleAndItsResidualIsTrue) {
   const at::Tensor singular = at::linalg_svdvals(edit);
   for (const int64_t rank : {1, 5, 12}) {
     const at::Tensor v = factors.down(rank);
-    const double measured =
-        relative_difference(at::matmul(at::matmul(edit, v.t()), v), edit);
+    const double measured = relative_difference(at::matmul(at::matmul(edit, v.t()), v), edit);
     const double best =
         (singular.narrow(0, rank, 20 - rank).norm() / singular.norm()).item<double>();
     EXPECT_NEAR(factors.residual(rank), measured, 1e-9);
@@ -60,8 +59,9 @@ TEST_P(LowRankTest, LoraReproducesThePatchToHalfPrecision) {
   const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 16);
   const at::Tensor gram = projection_gram(model, projections, progress);
   // Components of very different size: half precision must not lose the small ones.
-  const at::Tensor delta = 1e-3 * at::outer(random_matrix(16, 1).squeeze(1), random_matrix(16, 1).squeeze(1)) +
-                           2.0 * at::outer(random_matrix(16, 1).squeeze(1), random_matrix(16, 1).squeeze(1));
+  const at::Tensor delta =
+      1e-3 * at::outer(random_matrix(16, 1).squeeze(1), random_matrix(16, 1).squeeze(1)) +
+      2.0 * at::outer(random_matrix(16, 1).squeeze(1), random_matrix(16, 1).squeeze(1));
   const SharedFactorization factors(delta, gram);
   for (const double strength : {1.0, 0.5}) {
     const LoraExport lora = export_lora(model, projections, delta, factors, 8, strength, progress);
@@ -75,9 +75,11 @@ TEST_P(LowRankTest, LoraReproducesThePatchToHalfPrecision) {
       EXPECT_EQ(up.scalar_type(), at::kHalf);
       EXPECT_TRUE(up.device().is_cpu());
       const at::Tensor expected =
-          strength * at::matmul(model.effective_weight(projection.name).cpu().to(at::kDouble), delta);
+          strength *
+          at::matmul(model.effective_weight(projection.name).cpu().to(at::kDouble), delta);
       // Two factors, each rounded to 11 bits.
-      EXPECT_LT(relative_difference(at::matmul(up.to(at::kDouble), down.to(at::kDouble)), expected), 2e-3);
+      EXPECT_LT(relative_difference(at::matmul(up.to(at::kDouble), down.to(at::kDouble)), expected),
+                2e-3);
     }
   }
   const LoraExport truncated = export_lora(model, projections, delta, factors, 1, 1.0, progress);
@@ -91,7 +93,8 @@ TEST_P(LowRankTest, HostPatchesEqualTheEditInEitherForm) {
   const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 40);
   const at::Tensor gram = projection_gram(model, projections, progress);
   const std::vector<std::pair<at::Tensor, bool>> cases{
-      {at::matmul(random_matrix(40, 2), random_matrix(2, 40)), true}, {random_matrix(40, 40), false}};
+      {at::matmul(random_matrix(40, 2), random_matrix(2, 40)), true},
+      {random_matrix(40, 40), false}};
   for (const auto& [delta, low_rank] : cases) {
     const auto deltas =
         weight_deltas(model, projections, delta, SharedFactorization(delta, gram), progress);

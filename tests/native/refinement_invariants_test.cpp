@@ -41,10 +41,13 @@ at::Tensor delta_of(const Data& data) {
   return solve_refinement(problem, options).delta;
 }
 
-at::Tensor edited(const at::Tensor& w, const Data& data) { return w + at::matmul(w, delta_of(data)); }
+at::Tensor edited(const at::Tensor& w, const Data& data) {
+  return w + at::matmul(w, delta_of(data));
+}
 
 at::Tensor gram(const Data& data) {
-  at::Tensor g = at::matmul(data.f.t(), data.f) + data.lambda * at::eye(data.f.size(1), at::kDouble);
+  at::Tensor g =
+      at::matmul(data.f.t(), data.f) + data.lambda * at::eye(data.f.size(1), at::kDouble);
   if (data.p.defined()) g = g + data.prior_weight * at::matmul(data.p.t(), data.p);
   return g;
 }
@@ -68,12 +71,13 @@ TEST_F(RefinementInvariants, N01_Stationarity) {
   const at::Tensor target = at::matmul(at::matmul(w, data.g.t()), data.f) + data.lambda * w +
                             data.prior_weight * at::matmul(at::matmul(w, data.p.t()), data.p);
   const at::Tensor g = gram(data);
-  EXPECT_LT((at::matmul(w_new, g) - target).norm().item<double>() /
-                (w.norm() * g.norm()).item<double>(),
-            1e-10);
+  EXPECT_LT(
+      (at::matmul(w_new, g) - target).norm().item<double>() / (w.norm() * g.norm()).item<double>(),
+      1e-10);
   // Central differences of the objective vanish.
   const at::Tensor z = random_matrix(10, 24);
-  const double slope = (objective(w_new + 1e-4 * z, w, data) - objective(w_new - 1e-4 * z, w, data)) / 2e-4;
+  const double slope =
+      (objective(w_new + 1e-4 * z, w, data) - objective(w_new - 1e-4 * z, w, data)) / 2e-4;
   EXPECT_LT(std::abs(slope), 1e-6 * objective(w, w, data));
 }
 
@@ -125,7 +129,8 @@ TEST_F(RefinementInvariants, N06_Equivariance) {
   const Data data = random_data();
   const at::Tensor w = random_matrix(10, 24);
   const at::Tensor q = random_matrix(13, 10);
-  EXPECT_LT(relative_difference(edited(at::matmul(q, w), data), at::matmul(q, edited(w, data))), 1e-9);
+  EXPECT_LT(relative_difference(edited(at::matmul(q, w), data), at::matmul(q, edited(w, data))),
+            1e-9);
 }
 
 TEST_F(RefinementInvariants, N07_OrderDoesNotMatter) {
@@ -193,8 +198,7 @@ TEST_F(RefinementInvariants, EqualRowsCountAsKept) {
   const at::Tensor tail = data.f.narrow(0, 10, 50);
   EXPECT_LT(relative_difference(statistics.kept, at::matmul(head.t(), head)), 1e-13);
   EXPECT_LT(relative_difference(statistics.edited, at::matmul(tail.t(), tail)), 1e-13);
-  EXPECT_LT(relative_difference(statistics.shift,
-                                at::matmul((g - data.f).t(), data.f)), 1e-12);
+  EXPECT_LT(relative_difference(statistics.shift, at::matmul((g - data.f).t(), data.f)), 1e-12);
 }
 
 }  // namespace

@@ -55,13 +55,17 @@ TEST_P(RefinementTest, N11_CausalRowsBeforeThePhraseCarryNoEdit) {
   EXPECT_TRUE(at::equal(target.narrow(0, 0, 4), anchor.narrow(0, 0, 4)));
   EXPECT_GT((target[5] - anchor[5]).norm().item<double>(), 1e-4);
 
-  const TextStatistics sums = collect(encoder, set_of({concept_of("cat", "fog")}), options_of("mace"));
+  const TextStatistics sums =
+      collect(encoder, set_of({concept_of("cat", "fog")}), options_of("mace"));
   at::Tensor kept = at::zeros({16, 16}, at::kDouble);
   for (int i = 0; i < 6; ++i) {
     const std::string prompt(prompt_templates(ConceptKind::kObject)[i]);
-    const int64_t before = static_cast<int64_t>(encoder.tokenize(prefix_of_template(prompt)).size()) - 1;
-    const at::Tensor rows =
-        encoder.encode({fill_template(prompt, "cat")})[0].narrow(0, 0, before).cpu().to(at::kDouble);
+    const int64_t before =
+        static_cast<int64_t>(encoder.tokenize(prefix_of_template(prompt)).size()) - 1;
+    const at::Tensor rows = encoder.encode({fill_template(prompt, "cat")})[0]
+                                .narrow(0, 0, before)
+                                .cpu()
+                                .to(at::kDouble);
     kept += at::matmul(rows.t(), rows) / 6;
   }
   EXPECT_LT(relative_difference(sums.kept, kept), 1e-6);
@@ -91,10 +95,14 @@ TEST_P(RefinementTest, MethodsCollectTheirRows) {
     return collect(encoder, set, options).shift;
   };
   EXPECT_LT(relative_difference(shift_of(options_of("mace")), shift(after)), 1e-6);
-  EXPECT_LT(relative_difference(shift_of(options_of("mace", ReadAt::kEndOfText)), shift(after)), 1e-6);
+  EXPECT_LT(relative_difference(shift_of(options_of("mace", ReadAt::kEndOfText)), shift(after)),
+            1e-6);
   EXPECT_LT(relative_difference(shift_of(options_of("uce")), shift(all)), 1e-6);
-  EXPECT_LT(relative_difference(shift_of(options_of("uce", ReadAt::kSubject)), shift({{4, 4}, {5, 4}})), 1e-6);
-  EXPECT_LT(relative_difference(shift_of(options_of("uce", ReadAt::kEndOfText)), shift(after)), 1e-6);
+  EXPECT_LT(
+      relative_difference(shift_of(options_of("uce", ReadAt::kSubject)), shift({{4, 4}, {5, 4}})),
+      1e-6);
+  EXPECT_LT(relative_difference(shift_of(options_of("uce", ReadAt::kEndOfText)), shift(after)),
+            1e-6);
 }
 
 TEST_P(RefinementTest, TheEditMovesTheConceptToTheAnchorAndKeepsThePreserved) {
@@ -105,7 +113,8 @@ TEST_P(RefinementTest, TheEditMovesTheConceptToTheAnchorAndKeepsThePreserved) {
     SilentProgress progress;
     RefinementOptions options = options_of("uce");
     options.regularization = 1e-3;
-    return solve_refinement(collect_problem(encoder, set, options, nullptr, progress), options).delta;
+    return solve_refinement(collect_problem(encoder, set, options, nullptr, progress), options)
+        .delta;
   };
   const auto read = [&](const std::string& prompt) {
     return encoder.encode({prompt})[0].narrow(0, 6, 70).cpu().to(at::kDouble);  // after the phrase
@@ -114,7 +123,8 @@ TEST_P(RefinementTest, TheEditMovesTheConceptToTheAnchorAndKeepsThePreserved) {
     return rows + at::matmul(rows, delta.t());
   };
   const at::Tensor cat = read("a photo of black cat").narrow(0, 0, 69);
-  const at::Tensor fog = encoder.encode({"a photo of fog"})[0].narrow(0, 5, 69).cpu().to(at::kDouble);
+  const at::Tensor fog =
+      encoder.encode({"a photo of fog"})[0].narrow(0, 5, 69).cpu().to(at::kDouble);
   const at::Tensor dog = read("a photo of dog");
   const at::Tensor delta = delta_with(true);
   EXPECT_LT(relative_difference(moved(cat, delta), fog), 0.6 * relative_difference(cat, fog));
@@ -148,7 +158,8 @@ TEST_P(RefinementTest, PriorLeavesOutCaptionsThatNameTheConcept) {
     const at::Tensor rows = encoder.encode({caption})[0].cpu().to(at::kDouble);
     expected -= at::matmul(rows.t(), rows) / 200.0;
   }
-  const RefinementProblem problem = collect_problem(encoder, set, options_of("uce"), nullptr, progress);
+  const RefinementProblem problem =
+      collect_problem(encoder, set, options_of("uce"), nullptr, progress);
   EXPECT_LT(relative_difference(problem.prior, expected), 1e-9);
 }
 
@@ -169,7 +180,9 @@ TEST_P(RefinementTest, TheCacheSavesEncodingAndChangesNothing) {
   SilentProgress progress;
   ConceptSet set = set_of({concept_of("cat", "fog"), concept_of("dog", "fog")});
   set.preserve = {{"wolf", ConceptKind::kObject, 6}};
-  const auto run = [&] { return collect_problem(encoder, set, options_of("uce"), &cache, progress); };
+  const auto run = [&] {
+    return collect_problem(encoder, set, options_of("uce"), &cache, progress);
+  };
   const RefinementProblem first = run();
   const int64_t encoded = encoder.encoded_prompts;
   const RefinementProblem second = run();
@@ -213,7 +226,8 @@ TEST_P(RefinementTest, CancellingPassesTheHostsExceptionThrough) {
   CountingProgress progress;
   progress.cancel_at = 3;
   const ConceptSet set = set_of({concept_of("cat", "fog", 30)});
-  EXPECT_THROW(collect_problem(encoder, set, options_of("uce"), &cache, progress), testing::Cancelled);
+  EXPECT_THROW(collect_problem(encoder, set, options_of("uce"), &cache, progress),
+               testing::Cancelled);
   EXPECT_EQ(cache.bytes(), 0);
 }
 

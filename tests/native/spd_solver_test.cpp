@@ -70,7 +70,8 @@ TEST_F(SpdSolverTest, Float64SolveSurvivesConditionTenBillion) {
   const at::Tensor reference = first + solver.solve_right(shift - at::matmul(first, g));
   EXPECT_LT(relative_difference(first.to(at::kFloat), reference), 1e-6);
 
-  const at::Tensor float_inverse = at::matmul(shift.to(at::kFloat), at::linalg_inv(g.to(at::kFloat)));
+  const at::Tensor float_inverse =
+      at::matmul(shift.to(at::kFloat), at::linalg_inv(g.to(at::kFloat)));
   EXPECT_GT(relative_difference(float_inverse, reference), 1e-2);
 }
 

@@ -30,10 +30,34 @@ struct Example {
 // The worked examples of the specification (token counts as the CLIP tokenizer gives them).
 TEST(TokenAlignment, WorkedExamples) {
   const std::vector<Example> examples{
-      {"A photo of adam driver", "A photo of a1 person", {0, 1, 2, 3, 6, 7}, {0, 1, 2, 3, 6, 7}, 75, 76, 76},
-      {"adam driver in a photo", "a1 person in a photo", {0, 3, 4, 5, 6}, {0, 3, 4, 5, 6}, 75, 76, 76},
-      {"A photo of drake", "A photo of a1 person", {0, 1, 2, 3, 5, 6}, {0, 1, 2, 3, 6, 7}, 75, 75, 76},
-      {"A photo of nud ity", "A photo of a1 person wearing clothes", {0, 1, 2, 3, 6}, {0, 1, 2, 3, 8}, 73, 74, 76},
+      {"A photo of adam driver",
+       "A photo of a1 person",
+       {0, 1, 2, 3, 6, 7},
+       {0, 1, 2, 3, 6, 7},
+       75,
+       76,
+       76},
+      {"adam driver in a photo",
+       "a1 person in a photo",
+       {0, 3, 4, 5, 6},
+       {0, 3, 4, 5, 6},
+       75,
+       76,
+       76},
+      {"A photo of drake",
+       "A photo of a1 person",
+       {0, 1, 2, 3, 5, 6},
+       {0, 1, 2, 3, 6, 7},
+       75,
+       75,
+       76},
+      {"A photo of nud ity",
+       "A photo of a1 person wearing clothes",
+       {0, 1, 2, 3, 6},
+       {0, 1, 2, 3, 8},
+       73,
+       74,
+       76},
       {"A photo of ship", "A photo of ground", {0, 1, 2, 3, 5}, {0, 1, 2, 3, 5}, 76, 76, 76},
   };
   for (const Example& example : examples) {
@@ -52,8 +76,9 @@ TEST(TokenAlignment, WorkedExamples) {
 
 // '.. philip seymour hoffman during ..' (12 ids) against '.. a person ..' (11 ids).
 TEST(TokenAlignment, LongerTargetInTheMiddle) {
-  const TokenAlignment out = align_tokens(ids("an image capturing philip seymour hoffman during the b c"),
-                                          ids("an image capturing a1 person during the b c"), 77);
+  const TokenAlignment out =
+      align_tokens(ids("an image capturing philip seymour hoffman during the b c"),
+                   ids("an image capturing a1 person during the b c"), 77);
   EXPECT_EQ(out.target.size(), 74u);
   EXPECT_EQ(out.target[4], 7);
   EXPECT_EQ(out.anchor[4], 6);

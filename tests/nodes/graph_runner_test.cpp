@@ -10,21 +10,14 @@
 #include "lacuna/safetensors_file.h"
 #include "nodes/host_nodes.h"
 #include "support/fake_host.h"
+#include "support/message_of.h"
 #include "support/random_data.h"
 
 namespace lacuna {
 namespace {
 
 using nlohmann::json;
-
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
-}
+using testing::message_of;
 
 json good_workflow() {
   return json::parse(R"({
@@ -106,8 +99,9 @@ TEST_F(GraphRunnerTest, LoraLoadersChangeTheModel) {
   json workflow = good_workflow();
   workflow["30"] = {{"class_type", "LoraLoader"},
                     {"inputs", {{"model", {"1", 0}}, {"clip", {"1", 1}}, {"lora_name", "x"}}}};
-  workflow["31"] = {{"class_type", "LoraLoaderModelOnly"},
-                    {"inputs", {{"model", {"30", 0}}, {"lora_name", "x"}, {"strength_model", 0.5}}}};
+  workflow["31"] = {
+      {"class_type", "LoraLoaderModelOnly"},
+      {"inputs", {{"model", {"30", 0}}, {"lora_name", "x"}, {"strength_model", 0.5}}}};
   workflow["3"]["inputs"]["model"] = {"31", 0};
   workflow["3"]["inputs"]["clip"] = {"30", 1};
   SilentProgress progress;
@@ -118,7 +112,8 @@ TEST_F(GraphRunnerTest, LoraLoadersChangeTheModel) {
     return SafetensorsFile{};
   };
   const auto up = "lora_unet_layer_0_to_v.lora_up.weight";
-  EXPECT_FALSE(at::equal(lora_of(workflow).tensors.at(up), lora_of(good_workflow()).tensors.at(up)));
+  EXPECT_FALSE(
+      at::equal(lora_of(workflow).tensors.at(up), lora_of(good_workflow()).tensors.at(up)));
 }
 
 TEST_F(GraphRunnerTest, MalformedWorkflowsNameTheFault) {
@@ -134,15 +129,22 @@ TEST_F(GraphRunnerTest, MalformedWorkflowsNameTheFault) {
   refuse("unknown node", [](json& w) { w["3"]["class_type"] = "Magic"; }, "node 3 (Magic)");
   refuse("no class", [](json& w) { w["3"].erase("class_type"); }, "node 3");
   refuse("not an object", [](json& w) { w["3"] = 4; }, "node 3");
-  refuse("cycle", [](json& w) {
-    w["40"] = {{"class_type", "LoraLoaderModelOnly"}, {"inputs", {{"model", {"41", 0}}, {"lora_name", "x"}}}};
-    w["41"] = {{"class_type", "LoraLoaderModelOnly"}, {"inputs", {{"model", {"40", 0}}, {"lora_name", "x"}}}};
-    w["3"]["inputs"]["model"] = {"40", 0};
-  }, "cycle");
+  refuse(
+      "cycle",
+      [](json& w) {
+        w["40"] = {{"class_type", "LoraLoaderModelOnly"},
+                   {"inputs", {{"model", {"41", 0}}, {"lora_name", "x"}}}};
+        w["41"] = {{"class_type", "LoraLoaderModelOnly"},
+                   {"inputs", {{"model", {"40", 0}}, {"lora_name", "x"}}}};
+        w["3"]["inputs"]["model"] = {"40", 0};
+      },
+      "cycle");
   refuse("wrong type", [](json& w) { w["3"]["inputs"]["clip"] = {"1", 0}; }, "needs CLIP");
   refuse("missing input", [](json& w) { w["3"]["inputs"].erase("model"); }, "'model' is missing");
   refuse("constant for a socket", [](json& w) { w["3"]["inputs"]["model"] = 3; }, "needs a link");
-  refuse("missing file", [](json& w) { w["1"]["inputs"].erase("ckpt_name"); }, "'ckpt_name' is missing");
+  refuse(
+      "missing file", [](json& w) { w["1"]["inputs"].erase("ckpt_name"); },
+      "'ckpt_name' is missing");
   refuse("absent source", [](json& w) { w["3"]["inputs"]["model"] = {"99", 0}; }, "node 99");
   refuse("bad output", [](json& w) { w["3"]["inputs"]["model"] = {"1", 7}; }, "output 7");
   refuse("negative output", [](json& w) { w["3"]["inputs"]["model"] = {"1", -1}; }, "negative");
@@ -151,22 +153,41 @@ TEST_F(GraphRunnerTest, MalformedWorkflowsNameTheFault) {
   refuse("widget type", [](json& w) { w["7"]["inputs"]["steps"] = "many"; }, "whole number");
   refuse("object value", [](json& w) { w["7"]["inputs"]["steps"] = json::object(); }, "node 7");
   refuse("inputs", [](json& w) { w["7"]["inputs"] = 3; }, "node 7");
-  refuse("no output node", [](json& w) { for (auto id : {"9", "10", "11", "12"}) w.erase(id); }, "no output node");
-  refuse("empty concepts", [](json& w) { w["2"]["inputs"]["concepts"] = ""; }, "no concept to erase");
-  refuse("target in preserve", [](json& w) { w["2"]["inputs"]["preserve"] = "Black Cat"; }, "both erased and preserved");
-  refuse("mace subject", [](json& w) { w["3"]["inputs"]["method"] = "mace"; w["3"]["inputs"]["read_at"] = "subject";
-    w["3"]["inputs"]["concepts"] = {"2", 0}; }, "read_at");
+  refuse(
+      "no output node",
+      [](json& w) {
+        for (auto id : {"9", "10", "11", "12"}) w.erase(id);
+      },
+      "no output node");
+  refuse(
+      "empty concepts", [](json& w) { w["2"]["inputs"]["concepts"] = ""; }, "no concept to erase");
+  refuse(
+      "target in preserve", [](json& w) { w["2"]["inputs"]["preserve"] = "Black Cat"; },
+      "both erased and preserved");
+  refuse(
+      "mace subject",
+      [](json& w) {
+        w["3"]["inputs"]["method"] = "mace";
+        w["3"]["inputs"]["read_at"] = "subject";
+        w["3"]["inputs"]["concepts"] = {"2", 0};
+      },
+      "read_at");
 }
 
 TEST_F(GraphRunnerTest, TextThatIsNotAWorkflow) {
   EXPECT_NE(message_of([] { parse_workflow("{"); }).find("not valid JSON"), std::string::npos);
   EXPECT_NE(message_of([] { parse_workflow("[]"); }), "");
   EXPECT_NE(message_of([] { parse_workflow("{}"); }).find("no nodes"), std::string::npos);
-  EXPECT_NE(message_of([] { parse_workflow(R"({"nodes": [], "links": []})"); }).find("Export (API)"), std::string::npos);
-  EXPECT_NE(message_of([] { parse_workflow(std::string(9 << 20, ' ')); }).find("8 MiB"), std::string::npos);
-  EXPECT_NE(message_of([] { parse_workflow(std::string(100'000, '[')); }).find("nested"), std::string::npos);
+  EXPECT_NE(
+      message_of([] { parse_workflow(R"({"nodes": [], "links": []})"); }).find("Export (API)"),
+      std::string::npos);
+  EXPECT_NE(message_of([] { parse_workflow(std::string(9 << 20, ' ')); }).find("8 MiB"),
+            std::string::npos);
+  EXPECT_NE(message_of([] { parse_workflow(std::string(100'000, '[')); }).find("nested"),
+            std::string::npos);
   std::string many = "{";
-  for (int i = 0; i < 2'001; ++i) many += (i ? ",\"" : "\"") + std::to_string(i) + R"(":{"class_type":"X"})";
+  for (int i = 0; i < 2'001; ++i)
+    many += (i ? ",\"" : "\"") + std::to_string(i) + R"(":{"class_type":"X"})";
   EXPECT_NE(message_of([&] { parse_workflow(many + "}"); }).find("2000"), std::string::npos);
 }
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <filesystem>
-#include <functional>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -9,6 +8,7 @@
 #include "nodes/concept_set_node.h"
 #include "nodes/node_registry.h"
 #include "support/fake_host.h"
+#include "support/message_of.h"
 #include "support/random_data.h"
 
 namespace lacuna {
@@ -16,16 +16,8 @@ namespace {
 
 using testing::FakeDenoiser;
 using testing::FakeTextEncoder;
+using testing::message_of;
 using testing::relative_difference;
-
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
-}
 
 using Values = std::map<std::string, Value>;
 
@@ -74,10 +66,11 @@ TEST(Schemas, InputOrderIsFrozen) {
   EXPECT_EQ(ids(ConceptSetNode().schema()),
             (std::vector<std::string>{"concepts", "kind", "default_anchor", "preserve",
                                       "general_prior", "templates", "previous"}));
-  EXPECT_EQ(ids(AttentionRefineNode().schema()),
-            (std::vector<std::string>{"model", "clip", "concepts", "method", "strength", "matrices",
-                                      "read_at", "regularization", "preserve_weight", "prior_weight",
-                                      "adversarial_rounds", "apply_as", "lora_rank"}));
+  EXPECT_EQ(
+      ids(AttentionRefineNode().schema()),
+      (std::vector<std::string>{"model", "clip", "concepts", "method", "strength", "matrices",
+                                "read_at", "regularization", "preserve_weight", "prior_weight",
+                                "adversarial_rounds", "apply_as", "lora_rank"}));
 }
 
 TEST(NodeInputsTest, TypesRangesAndOptions) {
@@ -97,9 +90,12 @@ TEST(NodeInputsTest, TypesRangesAndOptions) {
   EXPECT_EQ(inputs.number("strength"), 1.0);
   EXPECT_EQ(inputs.integer("lora_rank"), 8);
   EXPECT_EQ(inputs.string("method"), "uce");
-  EXPECT_NE(message_of([&] { inputs.get<std::shared_ptr<Denoiser>>("model"); }).find("missing"), std::string::npos);
+  EXPECT_NE(message_of([&] { inputs.get<std::shared_ptr<Denoiser>>("model"); }).find("missing"),
+            std::string::npos);
   EXPECT_NE(message_of([&] { inputs.any("model"); }), "");
-  const NodeSchema flag{.id = "x", .display_name = "X", .inputs = {{.id = "on", .type = socket::kBoolean, .default_value = true}}};
+  const NodeSchema flag{.id = "x",
+                        .display_name = "X",
+                        .inputs = {{.id = "on", .type = socket::kBoolean, .default_value = true}}};
   EXPECT_TRUE(NodeInputs(flag, {}).boolean("on"));
   EXPECT_NE(message_of([&] { NodeInputs(flag, {{"on", int64_t{1}}}); }), "");
 }
@@ -131,7 +127,8 @@ TEST(ConceptSetNodeTest, ValidatesBeforeQueueing) {
 TEST(ConceptSetNodeTest, ItsJsonOutputIsItsInputFormat) {
   ConceptSetNode node;
   SilentProgress progress;
-  const auto result = node.run(NodeInputs(node.schema(), {{"concepts", std::string("church -> field | abbey")}}), progress);
+  const auto result = node.run(
+      NodeInputs(node.schema(), {{"concepts", std::string("church -> field | abbey")}}), progress);
   const auto json = std::get<std::string>(result.outputs[1]);
   const auto again = concepts_of(json, {{"general_prior", std::string("small")}});
   EXPECT_EQ(*again, *std::get<std::shared_ptr<const ConceptSet>>(result.outputs[0]));
@@ -142,14 +139,16 @@ class AttentionRefineTest : public testing::DeviceTest {
   Values inputs(Values more = {}) {
     more.try_emplace("model", std::shared_ptr<Denoiser>(model_));
     more.try_emplace("clip", std::shared_ptr<TextEncoder>(clip_));
-    more.try_emplace("concepts", concepts_of("black cat -> fog\nowl", {{"preserve", std::string("dog")}}));
+    more.try_emplace("concepts",
+                     concepts_of("black cat -> fog\nowl", {{"preserve", std::string("dog")}}));
     return more;
   }
   NodeResult run(Values more = {}) {
     return node_.run(NodeInputs(node_.schema(), inputs(std::move(more))), progress_);
   }
   static std::shared_ptr<FakeDenoiser> model_of(const NodeResult& result) {
-    return std::dynamic_pointer_cast<FakeDenoiser>(std::get<std::shared_ptr<Denoiser>>(result.outputs[0]));
+    return std::dynamic_pointer_cast<FakeDenoiser>(
+        std::get<std::shared_ptr<Denoiser>>(result.outputs[0]));
   }
   static const Refinement& refinement_of(const NodeResult& result) {
     return *std::get<std::shared_ptr<const Refinement>>(result.outputs[1]);
@@ -184,7 +183,9 @@ TEST_P(AttentionRefineTest, LinearInStrengthAndZeroIsTheModel) {
   const auto none = model_of(run({{"strength", 0.0}}));
   for (const auto& [name, weight] : model_->weights_) {
     EXPECT_TRUE(at::equal(none->weights_.at(name), weight));
-    EXPECT_LT(relative_difference(half->weights_.at(name) - weight, 0.5 * (full->weights_.at(name) - weight)), 1e-4);
+    EXPECT_LT(relative_difference(half->weights_.at(name) - weight,
+                                  0.5 * (full->weights_.at(name) - weight)),
+              1e-4);
   }
 }
 
@@ -197,17 +198,21 @@ TEST_P(AttentionRefineTest, ConditioningFormGivesTheSamePictures) {
   request.steps = 1;
   request.positive = clip_->encode({"a photo of black cat"});
   request.latent = at::zeros({1, 4, 2, 2});
-  const auto sample = [&](Denoiser& model) { return model.sample(request, [](int64_t, int64_t) {}); };
+  const auto sample = [&](Denoiser& model) {
+    return model.sample(request, [](int64_t, int64_t) {});
+  };
   EXPECT_LT(relative_difference(sample(*model_of(conditioning)), sample(*model_of(weights))), 1e-4);
   EXPECT_GT(relative_difference(sample(*model_), sample(*model_of(weights))), 1e-3);
-  EXPECT_NE(message_of([&] { run({{"apply_as", std::string("weights")}}); }).find("packed"), std::string::npos);
+  EXPECT_NE(message_of([&] { run({{"apply_as", std::string("weights")}}); }).find("packed"),
+            std::string::npos);
 }
 
 TEST_P(AttentionRefineTest, ValueOnlyLeavesKeysAlone) {
   const auto patched = model_of(run({{"matrices", std::string("value")}}));
   for (const auto& projection : model_->projections_) {
-    EXPECT_EQ(at::equal(patched->weights_.at(projection.name), model_->weights_.at(projection.name)),
-              projection.role == ProjectionRole::kKey);
+    EXPECT_EQ(
+        at::equal(patched->weights_.at(projection.name), model_->weights_.at(projection.name)),
+        projection.role == ProjectionRole::kKey);
   }
   model_->patchable_ = false;
   const auto mapped = model_of(run({{"matrices", std::string("value")}}));
@@ -218,14 +223,16 @@ TEST_P(AttentionRefineTest, ValueOnlyLeavesKeysAlone) {
 TEST_P(AttentionRefineTest, UpstreamPatchesChangeTheWeightsButNotTheMatrix) {
   const NodeResult plain = run();
   std::vector<WeightDelta> lora;
-  for (const auto& [name, weight] : model_->weights_) lora.push_back({name, 0.3 * at::ones_like(weight), {}});
+  for (const auto& [name, weight] : model_->weights_)
+    lora.push_back({name, 0.3 * at::ones_like(weight), {}});
   const auto upstream = model_->with_weight_deltas(lora, 1.0);
   const NodeResult result = run({{"model", upstream}});
   EXPECT_TRUE(at::equal(refinement_of(result).delta, refinement_of(plain).delta));
   for (const auto& [name, weight] : model_->weights_) {
     const at::Tensor w = (weight + 0.3).cpu().to(at::kDouble);
     EXPECT_LT(relative_difference(model_of(result)->weights_.at(name),
-                                  w + at::matmul(w, refinement_of(plain).delta)), 2e-6);
+                                  w + at::matmul(w, refinement_of(plain).delta)),
+              2e-6);
   }
 }
 
@@ -247,7 +254,8 @@ TEST_P(AttentionRefineTest, RefusesBeforeAnyPromptIsEncoded) {
   };
   refuse({{"concepts", std::make_shared<const ConceptSet>()}}, "no concept to erase");
   refuse({{"method", std::string("mace")}, {"read_at", std::string("subject")}}, "read_at");
-  refuse({{"clip", std::shared_ptr<TextEncoder>(std::make_shared<FakeTextEncoder>(24, device()))}}, "width 24");
+  refuse({{"clip", std::shared_ptr<TextEncoder>(std::make_shared<FakeTextEncoder>(24, device()))}},
+         "width 24");
   std::string words;
   for (int i = 0; i < 80; ++i) words += "w" + std::to_string(i) + " ";
   refuse({{"concepts", concepts_of(words)}}, "too long");
@@ -258,8 +266,10 @@ TEST_P(AttentionRefineTest, RefusesBeforeAnyPromptIsEncoded) {
   refuse({}, "SD3");
   const AttentionRefineNode node;
   EXPECT_NE(message_of([&] {
-              node.validate(NodeInputs(node.schema(), {{"method", std::string("mace")}, {"read_at", std::string("subject")}}));
-            }), "");
+              node.validate(NodeInputs(node.schema(), {{"method", std::string("mace")},
+                                                       {"read_at", std::string("subject")}}));
+            }),
+            "");
 }
 
 TEST_P(AttentionRefineTest, CancelAtEveryCheckLeavesModelAndNextRunIntact) {
@@ -275,7 +285,8 @@ TEST_P(AttentionRefineTest, CancelAtEveryCheckLeavesModelAndNextRunIntact) {
     EXPECT_THROW(node.run(NodeInputs(node.schema(), inputs()), progress), testing::Cancelled);
     progress.cancel_at = -1;
     const NodeResult again = node.run(NodeInputs(node.schema(), inputs()), progress);
-    EXPECT_LT(relative_difference(refinement_of(again).delta, refinement_of(expected).delta), 1e-12);
+    EXPECT_LT(relative_difference(refinement_of(again).delta, refinement_of(expected).delta),
+              1e-12);
   }
   for (const auto& [name, weight] : model_->weights_) EXPECT_TRUE(at::equal(weight, before[name]));
 }

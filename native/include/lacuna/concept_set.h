@@ -15,8 +15,8 @@ enum class ConceptKind { kObject, kPerson, kStyle, kExplicit };
 enum class GeneralPriorSize { kNone, kSmall, kFull };
 
 struct Concept {
-  std::string target;                 // the phrase that must go, e.g. "van gogh style"
-  std::string anchor;                 // the phrase it is mapped to, e.g. "art" (MACE: mapping concept)
+  std::string target;  // the phrase that must go, e.g. "van gogh style"
+  std::string anchor;  // the phrase it is mapped to, e.g. "art" (MACE: mapping concept)
   std::vector<std::string> synonyms;  // erased together with the target, with the same anchor
   std::string comment;
   ConceptKind kind = ConceptKind::kObject;  // selects the prompt templates

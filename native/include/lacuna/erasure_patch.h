@@ -24,7 +24,7 @@ struct LowRankPair {
 struct ErasurePatch {
   at::Tensor delta;  // N - I, [d, d] float64 CPU
   EditedMatrices matrices = EditedMatrices::kKeyAndValue;
-  std::map<std::string, LowRankPair> pairs;      // by lora_name, the same in every host
+  std::map<std::string, LowRankPair> pairs;     // by lora_name, the same in every host
   std::map<std::string, std::string> metadata;  // strings: concepts, method, hashes
 
   bool edits(const AttentionProjection& projection) const;
@@ -34,7 +34,8 @@ struct ErasurePatch {
 at::Tensor weight_change(const ErasurePatch& patch, const AttentionProjection& projection,
                          const at::Tensor& weight, double strength = 1.0);
 
-// `*.safetensors` with metadata "format": "lacuna.patch/1". Written to a temporary name and renamed.
+// `*.safetensors` with metadata "format": "lacuna.patch/1". Written to a temporary name and
+// renamed.
 void save_patch(const ErasurePatch& patch, const std::string& path);
 // Throws Error when the file is damaged or of another format.
 ErasurePatch load_patch(const std::string& path);

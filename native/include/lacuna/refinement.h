@@ -32,8 +32,8 @@ struct RefinementOptions {
   int adversarial_rounds = 0;    // 0..3, closed-form adversarial embeddings (RECE)
 };
 
-// What one problem sums up to. Sums over prompts are divided by the number of prompts of the concept
-// or phrase, so that weights do not depend on the template count.
+// What one problem sums up to. Sums over prompts are divided by the number of prompts of the
+// concept or phrase, so that weights do not depend on the template count.
 struct RefinementProblem {
   TextStatistics concepts;  // summed over concepts
   at::Tensor preserve;      // [d, d] summed over preserved phrases; may be undefined

@@ -59,7 +59,8 @@ FakeDenoiser::FakeDenoiser(int64_t layers, int64_t width, at::Device device) {
     for (const auto role : {ProjectionRole::kKey, ProjectionRole::kValue}) {
       const std::string suffix = role == ProjectionRole::kKey ? "k" : "v";
       const std::string name = "layer." + std::to_string(layer) + ".to_" + suffix;
-      projections_.push_back({name, "lora_unet_layer_" + std::to_string(layer) + "_to_" + suffix, role});
+      projections_.push_back(
+          {name, "lora_unet_layer_" + std::to_string(layer) + "_to_" + suffix, role});
       weights_[name] = fixed_random({8 + 4 * layer, width}, 100 + 2 * layer + (suffix == "v"))
                            .to(device, at::kFloat);
     }
@@ -96,7 +97,8 @@ at::Tensor FakeDenoiser::sample(const SamplingRequest& request,
   at::Tensor sum = at::zeros({}, at::kFloat);
   for (size_t i = 0; i + 1 < projections_.size(); i += 2) {
     const at::Tensor keys = at::matmul(mapped(key_map_), weights_.at(projections_[i].name).t());
-    const at::Tensor values = at::matmul(mapped(value_map_), weights_.at(projections_[i + 1].name).t());
+    const at::Tensor values =
+        at::matmul(mapped(value_map_), weights_.at(projections_[i + 1].name).t());
     const at::Tensor query = keys.mean(0, true);
     sum = sum + at::matmul(at::softmax(at::matmul(query, keys.t()), -1), values).sum().to(at::kCPU);
   }
@@ -119,7 +121,8 @@ std::shared_ptr<Denoiser> FakeApplication::load_lora(const std::shared_ptr<Denoi
                                                      const std::string&, double strength) {
   std::vector<WeightDelta> deltas;
   for (const AttentionProjection& projection : model->cross_attention()) {
-    deltas.push_back({projection.name, at::ones_like(model->effective_weight(projection.name)), {}});
+    deltas.push_back(
+        {projection.name, at::ones_like(model->effective_weight(projection.name)), {}});
   }
   return model->with_weight_deltas(deltas, strength);
 }

@@ -57,7 +57,7 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
   bool patchable_ = true;
   std::vector<AttentionProjection> projections_;
   std::map<std::string, at::Tensor> weights_;
-  at::Tensor key_map_;    // [d, d], context map; undefined: identity
+  at::Tensor key_map_;  // [d, d], context map; undefined: identity
   at::Tensor value_map_;
 };
 

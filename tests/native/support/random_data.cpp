@@ -10,7 +10,8 @@ namespace lacuna::testing {
 namespace {
 uint64_t choose_seed() {
   const char* fixed = std::getenv("LACUNA_TEST_SEED");
-  const uint64_t seed = fixed != nullptr ? std::strtoull(fixed, nullptr, 10) : std::random_device{}();
+  const uint64_t seed =
+      fixed != nullptr ? std::strtoull(fixed, nullptr, 10) : std::random_device{}();
   at::manual_seed(seed);
   return seed;
 }
