@@ -162,7 +162,7 @@ json run(const std::string& family, int64_t concepts) {
   double lora_s = 0.0;
   const double patch_s = timed([&] {
     const at::Tensor gram = projection_gram(model, projections, progress);
-    const SharedFactorization factors(refinement.delta, gram);
+    const SharedFactorization factors(refinement.delta, gram, 64, progress);
     deltas = weight_deltas(model, projections, refinement.delta, factors, progress);
     lora_s = timed([&] {
       lora = export_lora(model, projections, refinement.delta, factors, 64, 1.0, progress);

@@ -223,9 +223,10 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
   refinement.concepts = concepts;
   refinement.encoder_fingerprint = clip->fingerprint();
 
-  const SharedFactorization factors(refinement.delta, gram);
-  const LoraExport lora = export_lora(*model, projections, refinement.delta, factors,
-                                      inputs.integer("lora_rank"), strength, progress);
+  const int64_t lora_rank = inputs.integer("lora_rank");
+  const SharedFactorization factors(refinement.delta, gram, lora_rank, progress);
+  const LoraExport lora =
+      export_lora(*model, projections, refinement.delta, factors, lora_rank, strength, progress);
 
   const bool as_weights = apply_as == "weights" || (apply_as == "auto" && model->patchable());
   std::shared_ptr<Denoiser> erased;

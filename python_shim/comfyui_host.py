@@ -181,6 +181,7 @@ class ComfyDenoiser:
 
     def __init__(self, patcher: Any) -> None:
         self.patcher = patcher
+        self._snapshot: tuple[Any, dict[str, list[Any]]] = (None, {})
 
     @property
     def family(self) -> str:
@@ -223,7 +224,11 @@ class ComfyDenoiser:
 
     def _patches(self, name: str) -> list[Any]:
         """[(pristine weight, conversion to numbers), patch, ...], loaded or not."""
-        return self.patcher.get_key_patches(name)[name]
+        # Collecting them walks through the whole model, so that it is done once per load state.
+        state = (self.patcher.patches_uuid, self.patcher.model.current_weight_patches_uuid)
+        if self._snapshot[0] != state:
+            self._snapshot = (state, self.patcher.get_key_patches("diffusion_model."))
+        return self._snapshot[1][name]
 
     def effective_weight(self, name: str) -> torch.Tensor:
         entry = self._patches(name)

@@ -19,7 +19,7 @@ namespace lacuna {
 namespace {
 
 constexpr size_t kSmallCaptions = 200;
-constexpr size_t kCaptionsPerCall = 8;
+constexpr size_t kCaptionsPerCall = 4;  // see kPromptsPerCall in refinement.cpp
 // Raised when the captions change, so that old cache files are not used.
 constexpr std::string_view kCaptionsVersion = "1";
 

@@ -6,6 +6,7 @@
 #include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "lacuna/error.h"
 
@@ -24,7 +25,7 @@ LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& 
                        const at::Tensor& delta, const SharedFactorization& factors,
                        int64_t rank_limit, double strength, Progress& progress) {
   LoraExport out;
-  out.rank = std::min(rank_limit, factors.rank_for(kExact));
+  out.rank = std::min(rank_limit, factors.rank_for(kExact).value_or(factors.max_rank()));
   out.residual = factors.residual(out.rank);
   const at::Tensor down = factors.down(out.rank);
   const at::Tensor edited = at::matmul(delta, down.transpose(0, 1)) * strength;  // [d, r]
@@ -57,16 +58,20 @@ std::vector<WeightDelta> weight_deltas(Denoiser& model,
                                        const std::vector<AttentionProjection>& projections,
                                        const at::Tensor& delta, const SharedFactorization& factors,
                                        Progress& progress) {
-  const int64_t d = factors.width();
-  const int64_t rank = factors.rank_for(kExact);
-  const at::Tensor down = factors.down(rank).to(at::kFloat).contiguous();
-  const at::Tensor edited = at::matmul(delta, factors.down(rank).transpose(0, 1));
+  const int64_t d = delta.size(0);
+  const std::optional<int64_t> rank = factors.rank_for(kExact);
+  at::Tensor down;
+  at::Tensor edited;
+  if (rank) {
+    down = factors.down(*rank).to(at::kFloat);
+    edited = at::matmul(delta, factors.down(*rank).transpose(0, 1));
+  }
   std::vector<WeightDelta> deltas;
   for (const AttentionProjection& projection : projections) {
     progress.check();
     const at::Tensor weight = model.effective_weight(projection.name);
     const int64_t out = weight.size(0);
-    const bool low_rank = rank * (out + d) < out * d;
+    const bool low_rank = rank && *rank * (out + d) < out * d;
     deltas.push_back({projection.name, matmul_on_device(weight, low_rank ? edited : delta),
                       low_rank ? down : at::Tensor()});
   }

@@ -22,7 +22,7 @@ namespace {
 
 // Small enough that one call stays well under the two seconds between cancellation checks on a
 // desktop CPU, large enough to fill a GPU.
-constexpr int64_t kPromptsPerCall = 8;
+constexpr int64_t kPromptsPerCall = 4;
 
 // Embeddings carry float32 rounding; eigenvalues of a Gram matrix below this share of the largest
 // one are noise.

@@ -54,15 +54,13 @@ def find_checkouts() -> list[Checkout]:
     """COMFYUI_DIR or ~/ComfyUI, and a second one: COMFYUI_DIR_NEW or ~/ComfyUI-new."""
     found = []
     for variable, default in (("COMFYUI_DIR", "~/ComfyUI"), ("COMFYUI_DIR_NEW", "~/ComfyUI-new")):
-        named = os.environ.get(variable)
-        folder = Path(named or default).expanduser().resolve()
-        checkout = _checkout(folder)
+        usual = Path(default).expanduser()
+        folder = Path(os.environ.get(variable) or usual).expanduser()
+        checkout = _checkout(folder.resolve())
         if checkout:
             found.append(checkout)
-        elif named:
-            raise NoCheckout(
-                f"{variable}={named} is not a ComfyUI checkout (no comfyui_version.py)"
-            )
+        elif folder != usual:  # `make` names the usual folder, too
+            raise NoCheckout(f"{variable}={folder} is not a ComfyUI checkout")
     return found
 
 

@@ -12,13 +12,16 @@ using testing::FakeDenoiser;
 using testing::random_matrix;
 using testing::relative_difference;
 
-class LowRankTest : public testing::DeviceTest {};
+class LowRankTest : public testing::DeviceTest {
+ protected:
+  SilentProgress progress_;
+};
 INSTANTIATE_TEST_SUITE_P(Devices, LowRankTest, ::testing::ValuesIn(testing::devices()));
 
 TEST_P(LowRankTest, ExactWhereTheRankAllows) {
   const at::Tensor delta = at::matmul(random_matrix(20, 3), random_matrix(3, 20));
   const at::Tensor w = random_matrix(50, 20);
-  const SharedFactorization factors(delta, at::matmul(w.t(), w));
+  const SharedFactorization factors(delta, at::matmul(w.t(), w), 20, progress_);
   EXPECT_EQ(factors.rank_for(1e-6), 3);
   EXPECT_LT(factors.residual(3), 1e-6);
   const at::Tensor v = factors.down(3);
@@ -33,7 +36,7 @@ TEST_P(LowRankTest, TruncationIsTheBestPossibleAndItsResidualIsTrue) {
   const at::Tensor delta = random_matrix(20, 20);
   const at::Tensor w = random_matrix(50, 20);
   const at::Tensor edit = at::matmul(w, delta);
-  const SharedFactorization factors(delta, at::matmul(w.t(), w));
+  const SharedFactorization factors(delta, at::matmul(w.t(), w), 20, progress_);
   const at::Tensor singular = at::linalg_svdvals(edit);
   for (const int64_t rank : {1, 5, 12}) {
     const at::Tensor v = factors.down(rank);
@@ -47,24 +50,51 @@ TEST_P(LowRankTest, TruncationIsTheBestPossibleAndItsResidualIsTrue) {
   EXPECT_EQ(factors.residual(20), 0.0);
 }
 
+// Wide encoders (SDXL) are not decomposed whole: the leading directions come from iteration.
+TEST_P(LowRankTest, WideEditsGiveTheSameLeadingDirections) {
+  const int64_t d = 1100;
+  const at::Tensor spectrum = at::logspace(0, -4, 40, 10.0, at::kDouble);
+  const at::Tensor left = std::get<0>(at::linalg_qr(random_matrix(d, 40)));
+  const at::Tensor right = std::get<0>(at::linalg_qr(random_matrix(d, 40)));
+  const at::Tensor delta = at::matmul(left * spectrum, right.t());
+  const at::Tensor identity = at::eye(d, at::kDouble);
+  const SharedFactorization factors(delta, identity, 24, progress_);
+  EXPECT_EQ(factors.max_rank(), 24);
+  EXPECT_FALSE(factors.rank_for(1e-6).has_value());
+  for (const int64_t rank : {1, 8, 24}) {
+    const double expected =
+        (spectrum.narrow(0, rank, 40 - rank).norm() / spectrum.norm()).item<double>();
+    EXPECT_NEAR(factors.residual(rank) / expected, 1.0, 1e-3);
+    const at::Tensor v = factors.down(rank);
+    EXPECT_NEAR(relative_difference(at::matmul(at::matmul(delta, v.t()), v), delta) / expected, 1.0,
+                1e-3);
+  }
+  const SharedFactorization exact(delta, identity, 64, progress_);
+  ASSERT_TRUE(exact.rank_for(1e-6).has_value());
+  EXPECT_LE(*exact.rank_for(1e-6), 40);
+  testing::CountingProgress cancelled;
+  cancelled.cancel_at = 1;
+  EXPECT_THROW(SharedFactorization(delta, identity, 24, cancelled), testing::Cancelled);
+}
+
 TEST_P(LowRankTest, NoEditHasNoResidual) {
-  const SharedFactorization factors(at::zeros({6, 6}, at::kDouble), at::eye(6, at::kDouble));
+  const SharedFactorization factors(at::zeros({6, 6}, at::kDouble), at::eye(6, at::kDouble), 6,
+                                    progress_);
   EXPECT_EQ(factors.residual(1), 0.0);
   EXPECT_EQ(factors.rank_for(1e-6), 1);
 }
 
 TEST_P(LowRankTest, LoraReproducesThePatchToHalfPrecision) {
   FakeDenoiser model(3, 16, device());
-  SilentProgress progress;
   const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 16);
-  const at::Tensor gram = projection_gram(model, projections, progress);
+  const at::Tensor gram = projection_gram(model, projections, progress_);
   // Components of very different size: half precision must not lose the small ones.
   const at::Tensor delta =
       1e-3 * at::outer(random_matrix(16, 1).squeeze(1), random_matrix(16, 1).squeeze(1)) +
       2.0 * at::outer(random_matrix(16, 1).squeeze(1), random_matrix(16, 1).squeeze(1));
-  const SharedFactorization factors(delta, gram);
+  const SharedFactorization factors(delta, gram, 16, progress_);
   for (const double strength : {1.0, 0.5}) {
-    const LoraExport lora = export_lora(model, projections, delta, factors, 8, strength, progress);
+    const LoraExport lora = export_lora(model, projections, delta, factors, 8, strength, progress_);
     EXPECT_EQ(lora.rank, 2);
     EXPECT_LT(lora.residual, 1e-6);
     EXPECT_EQ(lora.tensors.size(), 3 * projections.size());
@@ -82,22 +112,21 @@ TEST_P(LowRankTest, LoraReproducesThePatchToHalfPrecision) {
                 2e-3);
     }
   }
-  const LoraExport truncated = export_lora(model, projections, delta, factors, 1, 1.0, progress);
+  const LoraExport truncated = export_lora(model, projections, delta, factors, 1, 1.0, progress_);
   EXPECT_EQ(truncated.rank, 1);
   EXPECT_GT(truncated.residual, 1e-6);
 }
 
 TEST_P(LowRankTest, HostPatchesEqualTheEditInEitherForm) {
   FakeDenoiser model(2, 40, device());
-  SilentProgress progress;
   const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 40);
-  const at::Tensor gram = projection_gram(model, projections, progress);
+  const at::Tensor gram = projection_gram(model, projections, progress_);
   const std::vector<std::pair<at::Tensor, bool>> cases{
       {at::matmul(random_matrix(40, 2), random_matrix(2, 40)), true},
       {random_matrix(40, 40), false}};
   for (const auto& [delta, low_rank] : cases) {
-    const auto deltas =
-        weight_deltas(model, projections, delta, SharedFactorization(delta, gram), progress);
+    const auto deltas = weight_deltas(model, projections, delta,
+                                      SharedFactorization(delta, gram, 40, progress_), progress_);
     ASSERT_EQ(deltas.size(), projections.size());
     const auto patched = model.with_weight_deltas(deltas, 0.7);
     for (const WeightDelta& change : deltas) {

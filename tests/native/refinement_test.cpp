@@ -170,8 +170,8 @@ TEST_P(RefinementTest, SharedAnchorsAreEncodedOnceAndProgressReachesItsTotal) {
                   options_of("uce"), nullptr, progress);
   EXPECT_EQ(encoder.encoded_prompts, 30);
   EXPECT_EQ(progress.last_done, progress.last_total);
-  EXPECT_EQ(progress.last_total, 6);
-  EXPECT_GE(progress.checks, 6);
+  EXPECT_EQ(progress.last_total, 9);
+  EXPECT_GE(progress.checks, 9);
 }
 
 TEST_P(RefinementTest, TheCacheSavesEncodingAndChangesNothing) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writes workflows/<name>.json, the format that the page saves, from workflows/api/<name>.json.
+// Writes workflows/<name>.json, the format that the page saves, from workflows/api/<name>.json, runs
+// it, and draws the pictures of the nodes titled Before and After into workflows/<name>.jpg.
 //
 //   node build_workflows.mjs http://127.0.0.1:8188 erase_words [...]
 //
@@ -7,7 +8,7 @@
 // from left to right, each a list of node ids from top to bottom.
 import { readFile, writeFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
-import { openPage, overlaps } from "./page.mjs";
+import { dropWorkflow, openPage, overlaps, run, shownPictures } from "./page.mjs";
 
 const WORKFLOWS = fileURLToPath(new URL("../../workflows/", import.meta.url));
 const [COLUMN_GAP, ROW_GAP] = [60, 70];
@@ -100,7 +101,42 @@ async function build(page, name) {
   await writeFile(`${WORKFLOWS}${name}.json`, `${JSON.stringify(workflow, null, 2)}\n`);
 }
 
+// A thumbnail for the template list: both sets of pictures, and what was erased.
+async function draw(page, name) {
+  await dropWorkflow(page, `${WORKFLOWS}${name}.json`);
+  const { status } = await run(page);
+  if (status.status_str !== "success") throw new Error(`${name}: ${JSON.stringify(status)}`);
+  await shownPictures(page, "SaveImage");
+  const data = await page.evaluate(() => {
+    const [width, height, tile, top] = [640, 360, 128, 62];
+    const canvas = Object.assign(document.createElement("canvas"), { width, height });
+    const pen = canvas.getContext("2d");
+    const nodes = window.app.graph.nodes;
+    const [concept] = nodes.find((n) => n.type === "LacunaConceptSet").widgets[0].value.split("\n");
+    const saved = nodes.some((node) => node.type === "SaveLoRA");
+    pen.fillStyle = "#202024";
+    pen.fillRect(0, 0, width, height);
+    pen.fillStyle = "#f0f0f0";
+    pen.textAlign = "center";
+    pen.font = "24px sans-serif";
+    pen.fillText(saved ? `${concept}, saved as a LoRA` : concept, width / 2, 36);
+    pen.font = "18px sans-serif";
+    for (const [title, left] of [["Before", 40], ["After", width - 40 - 2 * tile]]) {
+      const shown = nodes.find((node) => node.type === "SaveImage" && node.title === title);
+      for (const [i, image] of shown.imgs.slice(0, 4).entries()) {
+        pen.drawImage(image, left + (i % 2) * tile, top + (i >> 1) * tile, tile, tile);
+      }
+      pen.fillText(title.toLowerCase(), left + tile, top + 2 * tile + 28);
+    }
+    return canvas.toDataURL("image/jpeg", 0.9);
+  });
+  await writeFile(`${WORKFLOWS}${name}.jpg`, Buffer.from(data.split(",")[1], "base64"));
+}
+
 const [url, ...names] = process.argv.slice(2);
 const { browser, page } = await openPage(url);
-for (const name of names) await build(page, name);
+for (const name of names) {
+  await build(page, name);
+  await draw(page, name);
+}
 await browser.close();

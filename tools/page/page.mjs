@@ -43,20 +43,23 @@ export async function dropWorkflow(page, path) {
   await fitView(page);
 }
 
+// The whole graph between the page's bars.
 export async function fitView(page) {
   await page.evaluate(() => {
-    const bottom = 90;
+    const margin = { left: 70, top: 120, right: 170, bottom: 90 };
     const boxes = window.app.graph.nodes.map((node) => node.boundingRect ?? node.getBounding());
     const left = Math.min(...boxes.map((box) => box[0]));
     const top = Math.min(...boxes.map((box) => box[1]));
-    const right = Math.max(...boxes.map((box) => box[0] + box[2]));
-    const low = Math.max(...boxes.map((box) => box[1] + box[3]));
+    const wide = Math.max(...boxes.map((box) => box[0] + box[2])) - left;
+    const high = Math.max(...boxes.map((box) => box[1] + box[3])) - top;
     const view = window.app.canvas.ds;
-    const { innerWidth, innerHeight } = window;
-    const scale = Math.min((innerWidth - 120) / (right - left), (innerHeight - 60 - bottom) / (low - top));
-    view.scale = Math.min(scale, 1);
-    view.offset[0] = 90 / view.scale - left;
-    view.offset[1] = 70 / view.scale - top;
+    view.scale = Math.min(
+      (window.innerWidth - margin.left - margin.right) / wide,
+      (window.innerHeight - margin.top - margin.bottom) / high,
+      1,
+    );
+    view.offset[0] = margin.left / view.scale - left;
+    view.offset[1] = margin.top / view.scale - top;
     window.app.canvas.setDirty(true, true);
   });
   await page.waitForTimeout(300);

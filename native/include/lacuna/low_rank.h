@@ -4,6 +4,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
+
+#include "lacuna/host.h"
 
 namespace lacuna {
 
@@ -11,12 +14,16 @@ namespace lacuna {
 // stacked projections at once (Eckart-Young in the metric K = sum W^T W).
 class SharedFactorization {
  public:
-  // delta: D, [d, d]; gram: K, [d, d]; both float64 CPU.
-  SharedFactorization(const at::Tensor& delta, const at::Tensor& gram);
+  // delta: D, [d, d]; gram: K, [d, d]; both float64 CPU. Up to max_rank directions are computed: by
+  // one eigendecomposition for small d, by subspace iteration (fixed seed) for large d, where a
+  // whole decomposition would block cancellation for seconds.
+  SharedFactorization(const at::Tensor& delta, const at::Tensor& gram, int64_t max_rank,
+                      Progress& progress);
 
-  int64_t width() const;
-  // Smallest rank whose relative residual is at most `tolerance`; at least 1.
-  int64_t rank_for(double tolerance) const;
+  int64_t max_rank() const;  // directions computed
+  // Smallest rank whose relative residual is at most `tolerance`, at least 1; none when that takes
+  // more than max_rank() directions.
+  std::optional<int64_t> rank_for(double tolerance) const;
   // ||W D - W D V V^T|| / ||W D|| over all projections, Frobenius; 0 when D is zero.
   double residual(int64_t rank) const;
   // ||W D|| over all projections, Frobenius.
@@ -25,8 +32,9 @@ class SharedFactorization {
   at::Tensor down(int64_t rank) const;
 
  private:
-  at::Tensor directions_;  // [d, d], columns sorted by importance
-  at::Tensor energies_;    // [d], squared norms of W D v, descending, float64
+  at::Tensor directions_;  // [d, max_rank], columns sorted by importance
+  at::Tensor residuals_;   // [max_rank + 1], squared relative residual of rank 0, 1, ...
+  double total_ = 0.0;     // squared norm of the whole edit
 };
 
 }  // namespace lacuna

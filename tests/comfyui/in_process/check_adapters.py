@@ -244,12 +244,12 @@ def test_effective_weight_is_what_the_layer_uses(host: ModuleType, checkpoint: A
     with_lora, _ = comfy.sd.load_lora_for_models(base, None, lora(), 0.8, 0)
     plain = module_weights(base)
     loaded = module_weights(with_lora)
-    for load in (with_lora, base):  # right whichever of the two is loaded now
+    before, after = host.ComfyDenoiser(base), host.ComfyDenoiser(with_lora)
+    for load in (with_lora, base, with_lora):  # right whichever of the two is loaded now
         comfy.model_management.load_models_gpu([load])
-        for name, _, _ in host.ComfyDenoiser(base).cross_attention():
-            assert torch.equal(host.ComfyDenoiser(base).effective_weight(name), plain[name])
-            weight = host.ComfyDenoiser(with_lora).effective_weight(name)
-            assert torch.equal(weight, loaded[name])
+        for name, _, _ in before.cross_attention():
+            assert torch.equal(before.effective_weight(name), plain[name])
+            assert torch.equal(after.effective_weight(name), loaded[name])
     changed = [k for k in plain if not torch.equal(plain[k], loaded[k])]
     assert len(changed) == 4
     assert host.ComfyDenoiser(base).fingerprint == host.ComfyDenoiser(with_lora).fingerprint
