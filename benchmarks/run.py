@@ -83,7 +83,8 @@ def main() -> None:
         closed_form.setdefault(family, {})[f"n{concepts}"] = figures
         print(
             f"{family} {concepts:3d} concepts: {figures['cpu_s']:.2f} CPU s, naive "
-            f"{figures['naive_cpu_s']:.0f} ({figures['naive_over_ours']:.0f} x), dense "
+            f"{figures['naive_cpu_s']:.0f} ({figures['naive_over_ours']:.0f} x), batched "
+            f"{figures['batched_cpu_s']:.0f} ({figures['batched_over_ours']:.0f} x), dense "
             f"{figures['dense_cpu_s']:.2f}, +{figures['peak_extra_mb']:.0f} MB, error "
             f"{figures['rel_error']:.1e}  [{time.time() - started:.0f} s]",
             flush=True,

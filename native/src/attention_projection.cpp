@@ -3,10 +3,10 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
 
 #include "lacuna/error.h"
+#include "lacuna/text_statistics.h"
 
 namespace lacuna {
 
@@ -52,10 +52,12 @@ at::Tensor projection_gram(Denoiser& model, const std::vector<AttentionProjectio
                   "' holds NaN or infinity; load an undamaged checkpoint");
     }
     // float32 is enough for a metric; sums over layers are float64.
-    const at::Tensor gram = at::matmul(weight.transpose(0, 1), weight).to(at::kCPU, at::kDouble);
+    at::Tensor gram = at::zeros({weight.size(1), weight.size(1)}, weight.options());
+    add_gram_upper(gram, weight, 1.0);
+    gram = gram.to(at::kCPU, at::kDouble);
     sum = sum.defined() ? sum.add_(gram) : gram;
   }
-  return (sum + sum.transpose(0, 1)) * 0.5;
+  return symmetrize_upper(sum);
 }
 
 }  // namespace lacuna

@@ -41,7 +41,8 @@ class StatisticsAccumulator {
   TextStatistics sums_;
 };
 
-// Upper-triangular sum of rows^T rows added to `upper` ([d, d] float64); lower part untouched.
+// Upper-triangular sum of rows^T rows added to `upper` ([d, d], type and device of `rows`); what is
+// below the diagonal is meaningless afterwards.
 void add_gram_upper(at::Tensor& upper, const at::Tensor& rows, double weight);
 // Copies the upper triangle to the lower one.
 at::Tensor symmetrize_upper(const at::Tensor& upper);

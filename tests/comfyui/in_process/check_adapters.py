@@ -239,13 +239,17 @@ def test_a_model_without_text_cross_attention_has_no_layers(
     assert denoiser.cross_attention() == [] and denoiser.family == "Flux"
 
 
-def test_effective_weight_is_what_the_layer_uses(host: ModuleType, checkpoint: Any) -> None:
-    base = checkpoint[0]
+@pytest.mark.parametrize("in_place", [False, True])
+def test_effective_weight_is_what_the_layer_uses(
+    host: ModuleType, checkpoint: Any, in_place: bool
+) -> None:
+    base = checkpoint[0].clone()
+    base.weight_inplace_update = in_place  # as the host does when memory is short
     with_lora, _ = comfy.sd.load_lora_for_models(base, None, lora(), 0.8, 0)
     plain = module_weights(base)
     loaded = module_weights(with_lora)
     before, after = host.ComfyDenoiser(base), host.ComfyDenoiser(with_lora)
-    for load in (with_lora, base, with_lora):  # right whichever of the two is loaded now
+    for load in (base, with_lora, base):  # right whichever of the two is loaded now
         comfy.model_management.load_models_gpu([load])
         for name, _, _ in before.cross_attention():
             assert torch.equal(before.effective_weight(name), plain[name])
