@@ -81,7 +81,7 @@ sanitize: $(VENV)/.packages
 coverage: $(VENV)/.packages
 	$(VENV)/bin/cmake -S . -B build-coverage -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
 	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_BUILD_TYPE=Debug -DLACUNA_COVERAGE=ON
-	$(VENV)/bin/cmake --build build-coverage -j $(JOBS)
+	$(VENV)/bin/cmake --build build-coverage -j $(JOBS) --target lacuna_native_tests
 	$(TEST_ENV) build-coverage/tests/native/lacuna_native_tests --gtest_brief=1
 	$(VENV)/bin/gcovr -r . --filter native/ build-coverage --print-summary
 

@@ -216,16 +216,19 @@ void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> applica
       [folder, workflow_json](const NodeInputs& inputs, Progress&) {
         return save_images(inputs, folder, "preview/preview", workflow_json);
       });
-  add({.id = "SaveLoRA",
-       .output_node = true,
-       .inputs = {link("lora", kLoraModel),
-                  text("prefix", "loras/ComfyUI_trained_lora"),
-                  {.id = "steps", .type = kInt, .optional = true}}},
-      [folder](const NodeInputs& inputs, Progress&) {
-        const std::string path = numbered_path(folder, inputs.string("prefix"), ".safetensors");
-        save_safetensors({*inputs.get<std::shared_ptr<const LoraTensors>>("lora"), {}}, path);
-        return NodeResult{.files = {path}};
-      });
+  // ComfyUI renamed this node; workflows of both ages are around.
+  for (const char* id : {"SaveLoRA", "SaveLoRANode"}) {
+    add({.id = id,
+         .output_node = true,
+         .inputs = {link("lora", kLoraModel),
+                    text("prefix", "loras/ComfyUI_trained_lora"),
+                    {.id = "steps", .type = kInt, .optional = true}}},
+        [folder](const NodeInputs& inputs, Progress&) {
+          const std::string path = numbered_path(folder, inputs.string("prefix"), ".safetensors");
+          save_safetensors({*inputs.get<std::shared_ptr<const LoraTensors>>("lora"), {}}, path);
+          return NodeResult{.files = {path}};
+        });
+  }
   add({.id = "PreviewAny", .output_node = true, .inputs = {link("source", kAny)}},
       [](const NodeInputs& inputs, Progress&) {
         return NodeResult{.text = {any_to_text(inputs.any("source"))}};

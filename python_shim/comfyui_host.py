@@ -226,7 +226,7 @@ class ComfyDenoiser:
         """[(pristine weight, conversion to numbers), patch, ...], loaded or not."""
         # Collecting them walks through the whole model, so that it is done once per load state.
         state = (self.patcher.patches_uuid, self.patcher.model.current_weight_patches_uuid)
-        if self._snapshot[0] is None:
+        if self._snapshot[0] != state:
             self._snapshot = (state, self.patcher.get_key_patches("diffusion_model."))
         return self._snapshot[1][name]
 

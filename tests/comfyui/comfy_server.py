@@ -51,11 +51,14 @@ def _checkout(folder: Path) -> Checkout | None:
 
 
 def find_checkouts() -> list[Checkout]:
-    """COMFYUI_DIR or ~/ComfyUI, and a second one: COMFYUI_DIR_NEW or ~/ComfyUI-new."""
+    """COMFYUI_DIR or ~/ComfyUI, and a second version where COMFYUI_DIR_NEW names one."""
     found = []
-    for variable, default in (("COMFYUI_DIR", "~/ComfyUI"), ("COMFYUI_DIR_NEW", "~/ComfyUI-new")):
-        usual = Path(default).expanduser()
-        folder = Path(os.environ.get(variable) or usual).expanduser()
+    usual = Path("~/ComfyUI").expanduser()
+    for variable, default in (("COMFYUI_DIR", usual), ("COMFYUI_DIR_NEW", None)):
+        named = os.environ.get(variable) or default
+        if named is None:
+            continue
+        folder = Path(named).expanduser()
         checkout = _checkout(folder.resolve())
         if checkout:
             found.append(checkout)

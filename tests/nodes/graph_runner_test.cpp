@@ -82,6 +82,9 @@ TEST_F(GraphRunnerTest, RunsAWholeWorkflow) {
   EXPECT_EQ(lora.tensors.size(), 18u);
   EXPECT_TRUE(lora.tensors.contains("lora_unet_layer_0_to_k.lora_up.weight"));
   EXPECT_EQ(application_->checkpoints_loaded, 1);
+  json old_name = good_workflow();
+  old_name["10"]["class_type"] = "SaveLoRANode";
+  EXPECT_NO_THROW(plan_workflow(parse_workflow(old_name.dump()), registry()));
   // A second run takes the next free names.
   EXPECT_TRUE(run(good_workflow(), progress)[0].result.text.empty() || files() == 10u);
   EXPECT_EQ(files(), 10u);
