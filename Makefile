@@ -13,9 +13,9 @@ PY := $(VENV)/bin/python
 # Deterministic tests, and no OpenMP spinning on small machines.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-native test-python build bench lint format schemas sanitize coverage clean
+.PHONY: demo test test-native test-python configure module build bench lint format schemas sanitize coverage clean
 
-demo: build
+demo: module
 	$(PY) tools/demo.py
 
 test: build test-native test-python
@@ -27,10 +27,16 @@ test-native: build
 test-python: build $(VENV)/.host-packages
 	$(TEST_ENV) $(PY) -m pytest tests
 
-build: $(VENV)/.packages
+configure: $(VENV)/.packages
+	@mkdir -p build
 	$(VENV)/bin/cmake -S . -B build -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
-	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DLACUNA_WERROR=ON > build.log 2>&1 || (cat build.log; false)
-	@mv build.log build/configure.log
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DLACUNA_WERROR=ON > build/configure.log 2>&1 || \
+	  (cat build/configure.log; false)
+
+module: configure
+	$(VENV)/bin/cmake --build build -j $(JOBS) --target lacuna_module
+
+build: configure
 	$(VENV)/bin/cmake --build build -j $(JOBS)
 
 # Debian packages are installed only where they are missing and this user may.
@@ -48,9 +54,9 @@ $(VENV)/.host-packages: $(VENV)/.packages tests/comfyui/requirements.txt tests/c
 	  $(PY) -m pip install --quiet --no-deps -r tests/comfyui/requirements-nodeps.txt && touch $@; \
 	fi
 
-bench: build
+bench: module
 	$(VENV)/bin/cmake -S . -B build -DLACUNA_BENCHMARKS=ON > build/configure.log
-	$(VENV)/bin/cmake --build build -j $(JOBS)
+	$(VENV)/bin/cmake --build build -j $(JOBS) --target lacuna_bench_closed_form
 	$(PY) benchmarks/run.py --binary build/benchmarks/lacuna_bench_closed_form
 
 CXX_FILES = $(shell git ls-files 'native/*.h' 'native/*.cpp' 'nodes/*.h' 'nodes/*.cpp' 'plugin/*.h' 'plugin/*.cpp' \
@@ -67,7 +73,7 @@ format: $(VENV)/.packages
 	$(VENV)/bin/ruff format .
 
 # The committed copy that nodes show themselves from while the binary is missing.
-schemas: build
+schemas: module
 	$(PY) -c "from python_shim import loader; \
 	  open('python_shim/node_schemas.json', 'w').write(loader.load().NodePack().schemas())"
 
