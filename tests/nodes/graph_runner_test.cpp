@@ -86,7 +86,7 @@ TEST_F(GraphRunnerTest, RunsAWholeWorkflow) {
   old_name["10"]["class_type"] = "SaveLoRANode";
   EXPECT_NO_THROW(plan_workflow(parse_workflow(old_name.dump()), registry()));
   // A second run takes the next free names.
-  EXPECT_TRUE(run(good_workflow(), progress)[0].result.text.empty() || files() == 10u);
+  run(good_workflow(), progress);
   EXPECT_EQ(files(), 10u);
 }
 
