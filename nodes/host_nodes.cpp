@@ -3,19 +3,16 @@
 
 #include <ATen/ops/zeros.h>
 
-#include <cstdio>
-#include <filesystem>
 #include <functional>
 #include <utility>
 
 #include "lacuna/error.h"
 #include "lacuna/image_file.h"
 #include "lacuna/safetensors_file.h"
+#include "nodes/numbered_path.h"
 
 namespace lacuna {
 namespace {
-
-namespace fs = std::filesystem;
 
 using Run = std::function<NodeResult(const NodeInputs&, Progress&)>;
 
@@ -50,23 +47,6 @@ InputSpec whole(const char* id, int64_t value, double min, double max) {
 }
 
 OutputSpec output(const char* id, const char* type) { return {id, id, type, ""}; }
-
-// The next free "<prefix>_00001_<extension>" below the output folder, which it must not leave.
-std::string numbered_path(const std::string& folder, const std::string& prefix,
-                          const std::string& extension) {
-  const fs::path relative = fs::path(prefix).lexically_normal();
-  if (prefix.empty() || relative.is_absolute() || relative.begin()->string() == "..") {
-    throw Error("'" + prefix + "' leaves the output folder; use a plain file name prefix");
-  }
-  for (int counter = 1; counter < 100'000; ++counter) {
-    char suffix[16];
-    std::snprintf(suffix, sizeof suffix, "_%05d_", counter);
-    const fs::path path = fs::path(folder) / (relative.string() + suffix + extension);
-    std::error_code ignored;
-    if (!fs::exists(path, ignored)) return path.string();
-  }
-  throw Error("the output folder already holds 99999 files named '" + prefix + "'");
-}
 
 NodeResult save_images(const NodeInputs& inputs, const std::string& folder,
                        const std::string& prefix, const std::string& workflow_json) {

@@ -6,13 +6,15 @@
 #include "lacuna/error.h"
 #include "nodes/attention_refine_node.h"
 #include "nodes/concept_set_node.h"
+#include "nodes/save_lora_node.h"
 
 namespace lacuna {
 
-NodeRegistry NodeRegistry::with_lacuna_nodes() {
+NodeRegistry NodeRegistry::with_lacuna_nodes(const std::string& output_folder) {
   NodeRegistry registry;
   registry.add(std::make_unique<ConceptSetNode>());
   registry.add(std::make_unique<AttentionRefineNode>());
+  registry.add(std::make_unique<SaveLoraNode>(output_folder));
   return registry;
 }
 

@@ -13,8 +13,8 @@ namespace lacuna {
 // Owns one instance of every node type it knows.
 class NodeRegistry {
  public:
-  // The node types of this pack.
-  static NodeRegistry with_lacuna_nodes();
+  // The node types of this pack; those that save write below output_folder.
+  static NodeRegistry with_lacuna_nodes(const std::string& output_folder);
 
   void add(std::unique_ptr<Node> node);
   std::vector<NodeSchema> schemas() const;  // in order of registration

@@ -20,7 +20,8 @@ namespace {
 // The node types and their caches, one object per host process.
 class NodePack {
  public:
-  NodePack() : registry_(NodeRegistry::with_lacuna_nodes()) {}
+  explicit NodePack(const std::string& output_folder)
+      : registry_(NodeRegistry::with_lacuna_nodes(output_folder)) {}
 
   std::string schemas() const { return to_json(registry_.schemas()); }
 
@@ -57,7 +58,7 @@ class NodePack {
       py::gil_scoped_release release;
       const at::NoGradGuard no_grad;
       const Workflow workflow = parse_workflow(workflow_json);
-      NodeRegistry registry = NodeRegistry::with_lacuna_nodes();
+      NodeRegistry registry = NodeRegistry::with_lacuna_nodes(application->output_directory());
       add_host_nodes(registry, application, workflow_json);
       outputs = lacuna::run_workflow(workflow, registry, *progress);
     }
@@ -105,7 +106,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<RefinementRef>(module, "Refinement", py::module_local(),
                             "A closed-form edit (LACUNA_REFINEMENT).");
   py::class_<NodePack>(module, "NodePack", py::module_local(), "The node types and their caches.")
-      .def(py::init<>())
+      .def(py::init<const std::string&>(), py::arg("output_folder") = "output")
       .def("schemas", &NodePack::schemas, "JSON list of node schemas.")
       .def("validate", &NodePack::validate, py::arg("node_id"), py::arg("constants"),
            "Checks widget values; raises LacunaError.")

@@ -19,6 +19,9 @@ Value to_value(const InputSpec& input, py::handle object) {
   try {
     if (input.type == socket::kConcepts) return object.cast<ConceptSetRef>().value;
     if (input.type == socket::kRefinement) return object.cast<RefinementRef>().value;
+    if (input.type == socket::kLoraModel) {
+      return std::make_shared<const LoraTensors>(object.cast<LoraTensors>());
+    }
     if (py::isinstance<py::bool_>(object)) return object.cast<bool>();
     if (py::isinstance<py::int_>(object)) return object.cast<int64_t>();
     if (py::isinstance<py::float_>(object)) return object.cast<double>();

@@ -306,6 +306,10 @@ def _context_patch(
     return patch
 
 
+def output_directory() -> str:
+    return folder_paths.get_output_directory()
+
+
 def show_text(node_id: str, text: str) -> None:
     """Write below the node; `ui.text` alone is not drawn on a pack's nodes."""
     PromptServer.instance.send_progress_text(text, node_id)

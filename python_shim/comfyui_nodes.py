@@ -42,7 +42,7 @@ _WIDGET_TYPES = ("STRING", "COMBO", "BOOLEAN", "INT", "FLOAT")
 @functools.cache
 def _pack() -> Any:
     """Owns the nodes and their caches, for the life of the process."""
-    return loader.load().NodePack()
+    return loader.load().NodePack(comfyui_host.output_directory())
 
 
 def _schemas() -> list[JSON]:

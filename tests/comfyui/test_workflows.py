@@ -9,24 +9,17 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 from comfy_server import REPOSITORY, Graph, Server
-from graphs import save_lora_id
 
 WORKFLOWS = sorted((REPOSITORY / "workflows" / "api").glob("*.json"))
 
 
-def _graph(server: Server, file: Path) -> Graph:
-    """As shipped, but for the one core node that older hosts know by another id."""
-    graph = json.loads(file.read_text("utf-8"))
-    save_lora = save_lora_id(server.get("/object_info"))
-    for spec in graph.values():
-        if spec["class_type"] == "SaveLoRA":
-            spec["class_type"] = save_lora
-    return graph
+def _graph(file: Path) -> Graph:
+    return json.loads(file.read_text("utf-8"))
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_workflow(server: Server, file: Path) -> None:
-    graph = _graph(server, file)
+    graph = _graph(file)
     run = server.run(graph, seconds=900)
     titles = {node: spec["_meta"]["title"] for node, spec in graph.items()}
     pictures = {}
@@ -41,8 +34,12 @@ def test_workflow(server: Server, file: Path) -> None:
 
 
 def test_the_lora_workflow_saves_a_lora(server: Server) -> None:
-    graph = _graph(server, REPOSITORY / "workflows" / "api" / "erase_words_save_lora.json")
-    prefix = next(spec["inputs"]["prefix"] for spec in graph.values() if "prefix" in spec["inputs"])
+    graph = _graph(REPOSITORY / "workflows" / "api" / "erase_words_save_lora.json")
+    prefix = next(
+        spec["inputs"]["filename_prefix"]
+        for spec in graph.values()
+        if spec["class_type"] == "LacunaSaveLoRA"
+    )
     server.run(graph, seconds=900)
     saved = list(server.output.glob(f"{prefix}_*.safetensors"))
     assert len(saved) == 1 and safetensors.torch.load_file(saved[0])
@@ -66,6 +63,4 @@ def test_both_formats_hold_the_same_graph(file: Path) -> None:
         assert linked == expected
         values = [v for v in api[node_id]["inputs"].values() if not isinstance(v, list)]
         shown = [v for v in node.get("widgets_values", []) if v not in ("fixed", "randomize")]
-        if node["type"] == "SaveLoRA":  # its optional 'steps' is a widget of newer pages only
-            shown.pop()
         assert shown == values, node["type"]

@@ -36,14 +36,15 @@ json good_workflow() {
     "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "sub/pic"}},
     "10": {"class_type": "SaveLoRA", "inputs": {"lora": ["3", 2], "prefix": "loras/forget"}},
     "11": {"class_type": "PreviewAny", "inputs": {"source": ["3", 3]}},
-    "12": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}}
+    "12": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}},
+    "13": {"class_type": "LacunaSaveLoRA", "inputs": {"lora": ["3", 2], "filename_prefix": "ours"}}
   })");
 }
 
 class GraphRunnerTest : public testing::SeededTest {
  protected:
   NodeRegistry registry(const std::string& workflow = "{}") {
-    NodeRegistry all = NodeRegistry::with_lacuna_nodes();
+    NodeRegistry all = NodeRegistry::with_lacuna_nodes(folder_.path(""));
     add_host_nodes(all, application_, workflow);
     return all;
   }
@@ -81,13 +82,14 @@ TEST_F(GraphRunnerTest, RunsAWholeWorkflow) {
   const SafetensorsFile lora = load_safetensors(by_node["10"].files[0]);
   EXPECT_EQ(lora.tensors.size(), 18u);
   EXPECT_TRUE(lora.tensors.contains("lora_unet_layer_0_to_k.lora_up.weight"));
+  EXPECT_EQ(load_safetensors(by_node["13"].files[0]).tensors.size(), 18u);
   EXPECT_EQ(application_->checkpoints_loaded, 1);
   json old_name = good_workflow();
   old_name["10"]["class_type"] = "SaveLoRANode";
   EXPECT_NO_THROW(plan_workflow(parse_workflow(old_name.dump()), registry()));
   // A second run takes the next free names.
   run(good_workflow(), progress);
-  EXPECT_EQ(files(), 10u);
+  EXPECT_EQ(files(), 12u);
 }
 
 TEST_F(GraphRunnerTest, RunsOnlyWhatOutputsNeed) {
@@ -159,7 +161,7 @@ TEST_F(GraphRunnerTest, MalformedWorkflowsNameTheFault) {
   refuse(
       "no output node",
       [](json& w) {
-        for (auto id : {"9", "10", "11", "12"}) w.erase(id);
+        for (auto id : {"9", "10", "11", "12", "13"}) w.erase(id);
       },
       "no output node");
   refuse(

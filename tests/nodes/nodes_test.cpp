@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <ATen/ops/equal.h>
+#include <ATen/ops/ones.h>
+
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
 
 #include "lacuna/error.h"
+#include "lacuna/safetensors_file.h"
 #include "nodes/attention_refine_node.h"
 #include "nodes/concept_set_node.h"
 #include "nodes/node_registry.h"
+#include "nodes/save_lora_node.h"
 #include "support/fake_host.h"
 #include "support/message_of.h"
 #include "support/random_data.h"
@@ -32,7 +37,7 @@ std::shared_ptr<const ConceptSet> concepts_of(const std::string& text, Values mo
 }
 
 TEST(Schemas, AreCompleteAndSerialise) {
-  const NodeRegistry registry = NodeRegistry::with_lacuna_nodes();
+  const NodeRegistry registry = NodeRegistry::with_lacuna_nodes("output");
   const auto json = nlohmann::json::parse(to_json(registry.schemas()));
   ASSERT_EQ(json.size(), registry.schemas().size());
   std::set<std::string> ids;
@@ -71,6 +76,29 @@ TEST(Schemas, InputOrderIsFrozen) {
       (std::vector<std::string>{"model", "clip", "concepts", "method", "strength", "matrices",
                                 "read_at", "regularization", "preserve_weight", "prior_weight",
                                 "adversarial_rounds", "apply_as", "lora_rank"}));
+  EXPECT_EQ(ids(SaveLoraNode("output").schema()),
+            (std::vector<std::string>{"lora", "filename_prefix"}));
+}
+
+TEST(SaveLoraNodeTest, WritesNumberedFilesBelowItsFolder) {
+  const testing::TemporaryFolder folder;
+  SaveLoraNode node(folder.path(""));
+  const auto lora = std::make_shared<const LoraTensors>(
+      LoraTensors{{"lora_unet_x.lora_up.weight", at::ones({3, 1}, at::kHalf)}});
+  const NodeInputs inputs(node.schema(), {{"lora", lora}, {"filename_prefix", std::string("a/b")}});
+  SilentProgress progress;
+  const NodeResult first = node.run(inputs, progress);
+  EXPECT_TRUE(node.run(inputs, progress).files.at(0).ends_with("b_00002_.safetensors"));
+  const SafetensorsFile file = load_safetensors(first.files.at(0));
+  EXPECT_TRUE(
+      at::equal(file.tensors.at("lora_unet_x.lora_up.weight"), at::ones({3, 1}, at::kHalf)));
+  EXPECT_NE(std::get<std::string>(first.outputs.at(0)).find(first.files[0]), std::string::npos);
+  for (const char* prefix : {"", "../x", "/x"}) {
+    const NodeInputs bad(node.schema(), {{"filename_prefix", std::string(prefix)}});
+    EXPECT_NE(message_of([&] { node.validate(bad); }).find("leaves the output folder"),
+              std::string::npos)
+        << prefix;
+  }
 }
 
 TEST(NodeInputsTest, TypesRangesAndOptions) {

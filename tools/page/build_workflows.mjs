@@ -20,13 +20,14 @@ const WIDTH = {
   LacunaAttentionRefine: 400,
   KSampler: 320,
   SaveImage: 360,
-  SaveLoRA: 360,
+  LacunaSaveLoRA: 360,
   PreviewAny: 320,
 };
 const HEIGHT = {
   CLIPTextEncode: 120,
   LacunaAttentionRefine: 480, // room for the report below the widgets
   LacunaConceptSet: 420,
+  LacunaSaveLoRA: 130,
   PreviewAny: 300,
   SaveImage: 270, // low enough that the page shows four small pictures as a square
 };
@@ -113,7 +114,7 @@ async function draw(page, name) {
     const pen = canvas.getContext("2d");
     const nodes = window.app.graph.nodes;
     const [concept] = nodes.find((n) => n.type === "LacunaConceptSet").widgets[0].value.split("\n");
-    const saved = nodes.some((node) => node.type === "SaveLoRA");
+    const saved = nodes.some((node) => node.type === "LacunaSaveLoRA");
     pen.fillStyle = "#202024";
     pen.fillRect(0, 0, width, height);
     pen.fillStyle = "#f0f0f0";

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nodes/numbered_path.h"
+
+#include <cstdio>
+#include <filesystem>
+
+#include "lacuna/error.h"
+
+namespace lacuna {
+
+namespace fs = std::filesystem;
+
+std::string numbered_path(const std::string& folder, const std::string& prefix,
+                          const std::string& extension) {
+  const fs::path relative = fs::path(prefix).lexically_normal();
+  if (prefix.empty() || relative.is_absolute() || relative.begin()->string() == "..") {
+    throw Error("'" + prefix + "' leaves the output folder; use a plain file name prefix");
+  }
+  for (int counter = 1; counter < 100'000; ++counter) {
+    char suffix[16];
+    std::snprintf(suffix, sizeof suffix, "_%05d_", counter);
+    const fs::path path = fs::path(folder) / (relative.string() + suffix + extension);
+    std::error_code ignored;
+    if (!fs::exists(path, ignored)) return path.string();
+  }
+  throw Error("the output folder already holds 99999 files named '" + prefix + "'");
+}
+
+}  // namespace lacuna

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+
+namespace lacuna {
+
+// The next free "<folder>/<prefix>_00001_<extension>", as ComfyUI numbers its files. Throws Error
+// when the prefix leaves the folder.
+std::string numbered_path(const std::string& folder, const std::string& prefix,
+                          const std::string& extension);
+
+}  // namespace lacuna
