@@ -27,6 +27,9 @@ inline constexpr const char* kCombo = "COMBO";
 inline constexpr const char* kLoraModel = "LORA_MODEL";
 inline constexpr const char* kConcepts = "LACUNA_CONCEPTS";
 inline constexpr const char* kRefinement = "LACUNA_REFINEMENT";
+inline constexpr const char* kLoras = "LACUNA_LORAS";
+inline constexpr const char* kMask = "MASK";
+inline constexpr const char* kLossMap = "LOSS_MAP";
 inline constexpr const char* kAny = "*";
 }  // namespace socket
 

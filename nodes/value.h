@@ -8,7 +8,9 @@
 #include <memory>
 #include <string>
 #include <variant>
+#include <vector>
 
+#include "lacuna/concept_lora.h"
 #include "lacuna/concept_set.h"
 #include "lacuna/host.h"
 #include "lacuna/refinement.h"
@@ -16,11 +18,16 @@
 namespace lacuna {
 
 using LoraTensors = std::map<std::string, at::Tensor>;
+// Losses by training step, for ComfyUI's loss graph.
+struct LossMap {
+  std::vector<double> losses;
+};
 
 // Anything that travels along a link of the graph. Objects are shared and never modified.
 using Value = std::variant<std::monostate, bool, int64_t, double, std::string, at::Tensor,
                            std::shared_ptr<Denoiser>, std::shared_ptr<TextEncoder>,
                            std::shared_ptr<ImageDecoder>, std::shared_ptr<const ConceptSet>,
-                           std::shared_ptr<const Refinement>, std::shared_ptr<const LoraTensors>>;
+                           std::shared_ptr<const Refinement>, std::shared_ptr<const LoraTensors>,
+                           std::shared_ptr<const LoraBundle>, std::shared_ptr<const LossMap>>;
 
 }  // namespace lacuna

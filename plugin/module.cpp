@@ -105,6 +105,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
                             "Concepts to forget and to preserve (LACUNA_CONCEPTS).");
   py::class_<RefinementRef>(module, "Refinement", py::module_local(),
                             "A closed-form edit (LACUNA_REFINEMENT).");
+  py::class_<LoraBundleRef>(module, "LoraBundle", py::module_local(),
+                            "Trained concepts (LACUNA_LORAS).");
+  register_attention_tap(module);
   py::class_<NodePack>(module, "NodePack", py::module_local(), "The node types and their caches.")
       .def(py::init<const std::string&>(), py::arg("output_folder") = "output")
       .def("schemas", &NodePack::schemas, "JSON list of node schemas.")

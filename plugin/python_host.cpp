@@ -61,6 +61,22 @@ py::object optional(const at::Tensor& tensor) {
   return tensor.defined() ? py::cast(tensor) : py::none();
 }
 
+// Handed to the host for the length of one forward pass.
+class TapRef {
+ public:
+  explicit TapRef(AttentionTap* tap) : tap_(tap) {}
+  at::Tensor attend(const std::string& layer, const at::Tensor& query, const at::Tensor& key,
+                    const at::Tensor& value, int64_t heads) const {
+    if (tap_ == nullptr) throw Error("the attention tap was called after its forward pass");
+    py::gil_scoped_release release;
+    return tap_->attend(layer, query, key, value, heads);
+  }
+  void close() { tap_ = nullptr; }
+
+ private:
+  AttentionTap* tap_;
+};
+
 class PythonTextEncoder final : public TextEncoder {
  public:
   explicit PythonTextEncoder(py::object object) : handle_(std::move(object)) {}
@@ -75,6 +91,11 @@ class PythonTextEncoder final : public TextEncoder {
   }
   at::Tensor encode(const std::vector<std::string>& prompts) override {
     return handle_.call<at::Tensor>("encode", prompts);
+  }
+  TextEmbedding embed(const std::vector<std::string>& prompts) override {
+    py::gil_scoped_acquire gil;
+    const auto pair = handle_.call<std::pair<at::Tensor, py::object>>("embed", prompts);
+    return {pair.first, pair.second.is_none() ? at::Tensor() : pair.second.cast<at::Tensor>()};
   }
   const py::object& object() const { return handle_.get(); }
 
@@ -121,6 +142,33 @@ class PythonDenoiser final : public Denoiser {
                                                   optional(value_delta), strength));
   }
 
+  at::Tensor noise_levels() override { return handle_.attribute<at::Tensor>("noise_levels"); }
+  std::vector<int64_t> latent_shape(int64_t width, int64_t height) override {
+    return handle_.call<std::vector<int64_t>>("latent_shape", width, height);
+  }
+  at::Tensor to_host_latent(const at::Tensor& latent) override {
+    return handle_.call<at::Tensor>("to_host_latent", latent);
+  }
+  at::Tensor from_host_latent(const at::Tensor& latent) override {
+    return handle_.call<at::Tensor>("from_host_latent", latent);
+  }
+
+  at::Tensor denoise(const DenoiseRequest& request, AttentionTap* tap) override {
+    py::gil_scoped_acquire gil;
+    py::object python_tap = py::none();
+    if (tap != nullptr) python_tap = py::cast(TapRef(tap));
+    struct Closer {
+      py::object& tap;
+      ~Closer() {
+        if (!tap.is_none()) tap.cast<TapRef&>().close();
+      }
+    } closer{python_tap};
+    const py::object clean =
+        handle_.call<py::object>("denoise", request.noisy, request.sigma, request.text.context,
+                                 optional(request.text.pooled), python_tap, request.attention_only);
+    return clean.is_none() ? at::Tensor() : clean.cast<at::Tensor>();
+  }
+
   at::Tensor sample(const SamplingRequest& request,
                     const std::function<void(int64_t, int64_t)>& on_step) override {
     return handle_.call<at::Tensor>("sample", request.seed, request.steps, request.cfg,
@@ -138,6 +186,9 @@ class PythonImageDecoder final : public ImageDecoder {
   explicit PythonImageDecoder(py::object object) : handle_(std::move(object)) {}
   at::Tensor decode(const at::Tensor& latent) override {
     return handle_.call<at::Tensor>("decode", latent);
+  }
+  at::Tensor encode(const at::Tensor& images) override {
+    return handle_.call<at::Tensor>("encode", images);
   }
   const py::object& object() const { return handle_.get(); }
 
@@ -172,6 +223,8 @@ class PythonProgress final : public Progress {
   explicit PythonProgress(py::object object) : handle_(std::move(object)) {}
   void report(int64_t done, int64_t total) override { handle_.call<void>("report", done, total); }
   void check() override { handle_.call<void>("check"); }
+  void status(const std::string& line) override { handle_.call<void>("status", line); }
+  void preview(const at::Tensor& image) override { handle_.call<void>("preview", image); }
 
  private:
   Handle handle_;
@@ -201,6 +254,13 @@ std::shared_ptr<Application> wrap_application(py::object object) {
 std::shared_ptr<Progress> wrap_progress(py::object object) {
   if (object.is_none()) return std::make_shared<SilentProgress>();
   return std::make_shared<PythonProgress>(std::move(object));
+}
+
+void register_attention_tap(py::module_& module) {
+  py::class_<TapRef>(module, "AttentionTap", py::module_local(),
+                     "Stands in for the attention inside every text cross-attention layer.")
+      .def("__call__", &TapRef::attend, py::arg("layer"), py::arg("query"), py::arg("key"),
+           py::arg("value"), py::arg("heads"));
 }
 
 py::object unwrap(const std::shared_ptr<Denoiser>& denoiser) {

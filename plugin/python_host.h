@@ -20,6 +20,9 @@ std::shared_ptr<Application> wrap_application(pybind11::object object);
 // None: a silent one.
 std::shared_ptr<Progress> wrap_progress(pybind11::object object);
 
+// An AttentionTap as a Python callable (layer, query, key, value, heads) -> attention output.
+void register_attention_tap(pybind11::module_& module);
+
 // The Python object behind a wrapped one. Needs the GIL.
 pybind11::object unwrap(const std::shared_ptr<Denoiser>& denoiser);
 pybind11::object unwrap(const std::shared_ptr<TextEncoder>& encoder);

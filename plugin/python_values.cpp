@@ -19,6 +19,7 @@ Value to_value(const InputSpec& input, py::handle object) {
   try {
     if (input.type == socket::kConcepts) return object.cast<ConceptSetRef>().value;
     if (input.type == socket::kRefinement) return object.cast<RefinementRef>().value;
+    if (input.type == socket::kLoras) return object.cast<LoraBundleRef>().value;
     if (input.type == socket::kLoraModel) {
       return std::make_shared<const LoraTensors>(object.cast<LoraTensors>());
     }
@@ -43,6 +44,10 @@ py::object to_python(const Value& value) {
           return py::cast(ConceptSetRef{item});
         } else if constexpr (std::is_same_v<T, std::shared_ptr<const Refinement>>) {
           return py::cast(RefinementRef{item});
+        } else if constexpr (std::is_same_v<T, std::shared_ptr<const LoraBundle>>) {
+          return py::cast(LoraBundleRef{item});
+        } else if constexpr (std::is_same_v<T, std::shared_ptr<const LossMap>>) {
+          return py::dict(py::arg("loss") = item->losses);
         } else if constexpr (std::is_same_v<T, std::shared_ptr<const LoraTensors>>) {
           return py::cast(*item);
         } else if constexpr (std::is_same_v<T, std::shared_ptr<Denoiser>> ||

@@ -15,6 +15,9 @@ struct ConceptSetRef {
 struct RefinementRef {
   std::shared_ptr<const Refinement> value;
 };
+struct LoraBundleRef {
+  std::shared_ptr<const LoraBundle> value;
+};
 
 // Both need the GIL. to_value throws Error naming the input when the object does not fit its type.
 Value to_value(const InputSpec& input, pybind11::handle object);

@@ -10,6 +10,11 @@
 
 namespace lacuna {
 
+std::string layer_of(const AttentionProjection& projection) {
+  const size_t end = projection.name.rfind(".to_");
+  return projection.name.substr(0, end);
+}
+
 std::string_view to_string(EditedMatrices matrices) {
   return matrices == EditedMatrices::kValueOnly ? "value" : "key+value";
 }

@@ -10,6 +10,9 @@
 
 namespace lacuna {
 
+// "...attn2" for "...attn2.to_k.weight" and "...attn2.to_v.weight".
+std::string layer_of(const AttentionProjection& projection);
+
 // Which of the two projections of a cross-attention layer an edit touches.
 enum class EditedMatrices { kKeyAndValue, kValueOnly };
 

@@ -23,6 +23,10 @@ class Progress {
   virtual void report(int64_t done, int64_t total) = 0;
   // Throws the host's interrupt when the user pressed Cancel. Called at least every two seconds.
   virtual void check() = 0;
+  // One line about what is going on now, e.g. "church: step 12 of 50, about 2 min left".
+  virtual void status(const std::string& line) { (void)line; }
+  // A picture of the work so far, [H, W, 3] float32 in 0..1.
+  virtual void preview(const at::Tensor& image) { (void)image; }
 };
 
 // A Progress that nobody watches.
@@ -30,6 +34,12 @@ class SilentProgress final : public Progress {
  public:
   void report(int64_t, int64_t) override {}
   void check() override {}
+};
+
+// Text embeddings of n prompts.
+struct TextEmbedding {
+  at::Tensor context;  // [n, window, width] float32: what cross-attention reads
+  at::Tensor pooled;   // [n, p]: what SDXL adds to its time embedding; undefined elsewhere
 };
 
 class TextEncoder {
@@ -45,6 +55,10 @@ class TextEncoder {
   virtual std::vector<int64_t> tokenize(const std::string& text) = 0;
   // [n, window, width] float32, any device: what cross-attention sees for each prompt.
   virtual at::Tensor encode(const std::vector<std::string>& prompts) = 0;
+  // encode() with the pooled vectors, for forward passes.
+  virtual TextEmbedding embed(const std::vector<std::string>& prompts) {
+    return {encode(prompts), {}};
+  }
 };
 
 enum class ProjectionRole { kKey, kValue };
@@ -61,6 +75,28 @@ struct WeightDelta {
   std::string name;
   at::Tensor up;    // [out, r], or [out, d] when down is undefined
   at::Tensor down;  // [r, d]
+};
+
+// Stands in for the attention inside every text cross-attention layer of a forward pass.
+class AttentionTap {
+ public:
+  virtual ~AttentionTap() = default;
+  // layer: the projections' common weight name, layer_of(projection). query [n, q, inner], key and
+  // value [n, T, inner], `heads` side by side in `inner`. Returns [n, q, inner]: what plain
+  // attention, softmax(q k^T / sqrt(inner / heads)) v per head, would return. Runs under the
+  // caller's grad mode; autograd passes through it.
+  virtual at::Tensor attend(const std::string& layer, const at::Tensor& query,
+                            const at::Tensor& key, const at::Tensor& value, int64_t heads) = 0;
+};
+
+// One forward pass, in the variance-exploding convention that all model types share:
+// noisy = clean + sigma * noise, in the model's own latent scale.
+struct DenoiseRequest {
+  at::Tensor noisy;    // [n, c, h, w] float32
+  at::Tensor sigma;    // [n] float32
+  TextEmbedding text;  // of n prompts
+  // Stop after the last text cross-attention: the result is then undefined.
+  bool attention_only = false;
 };
 
 struct SamplingRequest {
@@ -95,15 +131,28 @@ class Denoiser {
   virtual std::shared_ptr<Denoiser> with_context_map(const at::Tensor& key_delta,
                                                      const at::Tensor& value_delta,
                                                      double strength) = 0;
+  // Sigma of every training timestep, ascending, [1000] float32 CPU.
+  virtual at::Tensor noise_levels() = 0;
+  // [c, h, w] of the latent of a picture of that size in pixels.
+  virtual std::vector<int64_t> latent_shape(int64_t width, int64_t height) = 0;
+  // Between the model's own latent scale and that of LATENT sockets and image decoders.
+  virtual at::Tensor to_host_latent(const at::Tensor& latent) = 0;
+  virtual at::Tensor from_host_latent(const at::Tensor& latent) = 0;
+  // The clean latent, [n, c, h, w] float32, that the model (with its patches) sees in a noisy one.
+  // `tap` may be null. With grad mode on, gradients flow to what the tap adds; never to the base
+  // weights, which are not written to either.
+  virtual at::Tensor denoise(const DenoiseRequest& request, AttentionTap* tap) = 0;
   // Headless hosts only. on_step(done, total) is called after every step and may throw.
   virtual at::Tensor sample(const SamplingRequest& request,
                             const std::function<void(int64_t, int64_t)>& on_step) = 0;
 };
 
+// Host latents, as LATENT sockets carry them, to pictures and back.
 class ImageDecoder {
  public:
   virtual ~ImageDecoder() = default;
   virtual at::Tensor decode(const at::Tensor& latent) = 0;  // [n, H, W, 3] float32 in 0..1
+  virtual at::Tensor encode(const at::Tensor& images) = 0;  // the other way
 };
 
 struct Checkpoint {

@@ -6,6 +6,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "lacuna/attention_projection.h"
+
 namespace lacuna::testing {
 namespace {
 
@@ -88,6 +90,58 @@ std::shared_ptr<Denoiser> FakeDenoiser::with_context_map(const at::Tensor& key_d
   return patched;
 }
 
+at::Tensor FakeDenoiser::noise_levels() {
+  const at::Tensor kept = at::cumprod(
+      1 - at::linspace(std::sqrt(0.00085), std::sqrt(0.012), 1000, at::kDouble).square(), 0);
+  return ((1 - kept) / kept).sqrt().to(at::kFloat);
+}
+
+std::vector<int64_t> FakeDenoiser::latent_shape(int64_t width, int64_t height) {
+  return {4, height / 8, width / 8};
+}
+
+// One residual cross-attention per layer on every pixel; smooth in everything.
+at::Tensor FakeDenoiser::denoise(const DenoiseRequest& request, AttentionTap* tap) {
+  constexpr int64_t kFeatures = 6, kHeads = 2;
+  const auto like = weights_.begin()->second.options();
+  const auto fixed = [&](at::IntArrayRef shape, uint64_t seed) {
+    return fixed_random(shape, seed).to(like);
+  };
+  const auto mapped = [&](const at::Tensor& map) {
+    const at::Tensor e = request.text.context.to(like);
+    return map.defined() ? e + at::matmul(e, map.t().to(like)) : e;
+  };
+  const at::Tensor sigma = request.sigma.to(like).reshape({-1, 1, 1, 1});
+  const at::Tensor x = request.noisy.to(like) / (sigma.square() + 1).sqrt();
+  at::Tensor features =
+      at::matmul(x.flatten(2).transpose(1, 2), fixed({x.size(1), kFeatures}, 900)) +
+      0.1 * sigma.log().reshape({-1, 1, 1});
+  for (size_t i = 0; i + 1 < projections_.size(); i += 2) {
+    const at::Tensor key = at::matmul(mapped(key_map_), weights_.at(projections_[i].name).t());
+    const at::Tensor value =
+        at::matmul(mapped(value_map_), weights_.at(projections_[i + 1].name).t());
+    const int64_t inner = key.size(2);
+    const at::Tensor query = at::matmul(features, fixed({kFeatures, inner}, 910 + i));
+    at::Tensor out;
+    if (tap != nullptr) {
+      out = tap->attend(layer_of(projections_[i]), query, key, value, kHeads);
+    } else {
+      const auto split = [&](const at::Tensor& t) {
+        return t.reshape({t.size(0), t.size(1), kHeads, inner / kHeads}).transpose(1, 2);
+      };
+      const at::Tensor scores = at::matmul(split(query), split(key).transpose(2, 3)) /
+                                std::sqrt(static_cast<double>(inner / kHeads));
+      out =
+          at::matmul(at::softmax(scores, -1), split(value)).transpose(1, 2).reshape(query.sizes());
+    }
+    if (request.attention_only && i + 2 >= projections_.size()) return {};
+    features = features + 0.3 * at::tanh(at::matmul(out, fixed({inner, kFeatures}, 930 + i)));
+  }
+  const at::Tensor noise =
+      at::matmul(features, fixed({kFeatures, x.size(1)}, 950)).transpose(1, 2).reshape(x.sizes());
+  return request.noisy - (sigma * noise).to(request.noisy.device(), at::kFloat);
+}
+
 at::Tensor FakeDenoiser::sample(const SamplingRequest& request,
                                 const std::function<void(int64_t, int64_t)>& on_step) {
   const auto mapped = [&](const at::Tensor& map) {
@@ -108,6 +162,11 @@ at::Tensor FakeDenoiser::sample(const SamplingRequest& request,
 
 at::Tensor FakeImageDecoder::decode(const at::Tensor& latent) {
   return at::sigmoid(latent.narrow(1, 0, 3)).permute({0, 2, 3, 1}).contiguous();
+}
+
+at::Tensor FakeImageDecoder::encode(const at::Tensor& images) {
+  const at::Tensor latent = at::logit(images.clamp(1e-3, 1 - 1e-3)).permute({0, 3, 1, 2});
+  return at::cat({latent, latent.narrow(1, 0, 1)}, 1);
 }
 
 Checkpoint FakeApplication::load_checkpoint(const std::string& name) {

@@ -50,6 +50,11 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
   std::shared_ptr<Denoiser> with_context_map(const at::Tensor& key_delta,
                                              const at::Tensor& value_delta,
                                              double strength) override;
+  at::Tensor noise_levels() override;
+  std::vector<int64_t> latent_shape(int64_t width, int64_t height) override;
+  at::Tensor to_host_latent(const at::Tensor& latent) override { return latent / 0.18215; }
+  at::Tensor from_host_latent(const at::Tensor& latent) override { return latent * 0.18215; }
+  at::Tensor denoise(const DenoiseRequest& request, AttentionTap* tap) override;
   at::Tensor sample(const SamplingRequest& request,
                     const std::function<void(int64_t, int64_t)>& on_step) override;
 
@@ -64,6 +69,7 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
 class FakeImageDecoder : public ImageDecoder {
  public:
   at::Tensor decode(const at::Tensor& latent) override;
+  at::Tensor encode(const at::Tensor& images) override;
 };
 
 class FakeApplication : public Application {

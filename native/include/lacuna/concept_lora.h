@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "lacuna/concept_set.h"
+
+namespace lacuna {
+
+// W + up @ down for one projection (scale 1: alpha equals the rank).
+struct LoraPair {
+  at::Tensor up;    // [out, r] float32 CPU
+  at::Tensor down;  // [r, d] float32 CPU
+};
+
+// What one concept contributes to a fusion (MACE Eq. 7 in the form of independent terms): the
+// LoRA, and the statistics of the concept's own prompts. Depends on the concept, the base model,
+// the options and the seed only, never on other concepts. Matrices are [d, d] float64 CPU.
+struct ConceptLora {
+  Concept item;
+  std::map<std::string, LoraPair> pairs;  // by AttentionProjection::lora_name
+  // B: mean over the concept's prompts of sum_positions e e^T.
+  at::Tensor prompt_gram;
+  // X = (M - I) B, where the LoRA was trained on top of W M; undefined when M = I.
+  at::Tensor map_shift;
+  // The refinement rows behind M, for a joint refinement of all concepts (order-dependent mode):
+  // A = sum f f^T and C - A = sum (g - f) f^T; undefined when M = I.
+  at::Tensor refinement_gram;
+  at::Tensor refinement_shift;
+  std::string training;  // how it was made: JSON of options, steps, first and last loss
+};
+
+// LACUNA_LORAS: trained concepts of one base model, and the file format `lacuna.bundle/1`.
+struct LoraBundle {
+  std::vector<std::shared_ptr<const ConceptLora>> concepts;  // targets are unique
+  std::vector<PreservedPhrase> preserve;
+  GeneralPriorSize general_prior = GeneralPriorSize::kSmall;
+  std::string model_fingerprint;
+  std::string encoder_fingerprint;
+};
+
+}  // namespace lacuna
