@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ComfyUI host: MODEL, CLIP and progress bar as the interfaces that the native module calls.
 
-The only file that imports ComfyUI's services. Everything runs under torch.inference_mode(), and
-nothing here changes a weight in place: a MODEL is edited by `clone()` plus patches, which the host
-merges and undoes.
+The only file that imports ComfyUI's services. Everything runs under torch.inference_mode() unless
+the core trains, and nothing here changes a weight in place: a MODEL is edited by `clone()` plus
+patches, which the host merges and undoes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -20,26 +21,37 @@ from typing import Any
 
 import comfy.lora
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.utils
 import folder_paths
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import SDXL, SDXLRefiner, Stable_Zero123, SVD_img2vid
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from server import PromptServer
 
+from .autograd import (
+    call_with_weights,
+    gradients_wanted,
+    leave_inference_mode,
+    usable_for_autograd,
+)
 from .errors import HostError
 from .fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
 Delta = tuple[str, torch.Tensor, torch.Tensor | None]
+Tap = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 _FAMILIES = {"SD15": "SD1.x", "SD20": "SD2.x", "SDXL": "SDXL", "SDXLRefiner": "SDXL refiner"}
 _CROSS_ATTENTION = re.compile(
-    r"diffusion_model\.(?:input_blocks\.\d+|middle_block|output_blocks\.\d+)\.1"
-    r"\.transformer_blocks\.\d+\.attn2\.to_([kv])\.weight"
+    r"(diffusion_model\.(input|middle|output)_blocks?(?:\.(\d+))?\.1"
+    r"\.transformer_blocks\.(\d+)\.attn2)\.to_([kv])\.weight"
 )
+_PIXELS_PER_LATENT = 8
+_TRAINING_STEPS = 1000
 _READ_AN_IMAGE = (SVD_img2vid, Stable_Zero123)  # instead of a text, in their cross-attention
 _NOT_THE_TEXT_TRANSFORMER = ("text_projection", "logit_scale", "position_ids")
 _PLAIN_DTYPES = {
@@ -161,19 +173,45 @@ class ComfyTextEncoder:
         # The host encodes the 77-token chunks of a prompt as independent rows: a batch for us.
         batch: dict[str, list[Any]] = {}
         for prompt in prompts:
-            for name, chunks in self._chunks(prompt).items():
-                if len(chunks) > 1:
-                    log.warning("A prompt is cut to the text encoder's window: %s", prompt)
-                batch.setdefault(name, []).append(chunks[0])
-        encoded = self._clip.encode_from_tokens(batch)
-        expected = len(prompts) * self.window
+            for name, chunk in self._first_chunks(prompt).items():
+                batch.setdefault(name, []).append(chunk)
+        return self._encode(batch, len(prompts))[0]
+
+    def embed(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # Of the encoders known here only SDXL's large one has a pooled vector that is used.
+        if "g" not in self._chunks(""):
+            return self.encode(prompts), None
+        if not prompts:
+            return self.encode(prompts), torch.zeros(0, self.embed([""])[1].shape[-1])
+        # One by one: of a batch, the host keeps the pooled vector of the first row only.
+        one_by_one = [
+            self._encode({name: [chunk] for name, chunk in self._first_chunks(prompt).items()}, 1)
+            for prompt in prompts
+        ]
+        context, pooled = zip(*one_by_one, strict=True)
+        return torch.cat(context), torch.cat(pooled)
+
+    def _first_chunks(self, prompt: str) -> dict[str, Any]:
+        chunks = self._chunks(prompt)
+        if any(len(rows) > 1 for rows in chunks.values()):
+            log.warning("A prompt is cut to the text encoder's window: %s", prompt)
+        return {name: rows[0] for name, rows in chunks.items()}
+
+    def _encode(
+        self, batch: dict[str, list[Any]], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with torch.inference_mode():
+            encoded, pooled = self._clip.encode_from_tokens(batch, return_pooled=True)
+        expected = count * self.window
         if encoded.dim() != 3 or encoded.shape[0] != 1 or encoded.shape[1] != expected:
             kind = type(self._clip.cond_stage_model).__name__
             raise HostError(
                 f"Text encoder {kind} is not supported: connect the CLIP of an SD1.x, SD2.x or "
                 "SDXL checkpoint."
             )
-        return encoded.reshape(len(prompts), self.window, encoded.shape[-1]).float()
+        encoded = leave_inference_mode(encoded)
+        rows = encoded.reshape(count, self.window, encoded.shape[-1]).float()
+        return rows, None if pooled is None else leave_inference_mode(pooled).float()
 
 
 class ComfyDenoiser:
@@ -181,6 +219,7 @@ class ComfyDenoiser:
 
     def __init__(self, patcher: Any) -> None:
         self.patcher = patcher
+        self._runner = patcher  # what is loaded for forward passes
         self._snapshot: tuple[Any, dict[str, list[Any]]] = (None, {})
 
     @property
@@ -230,6 +269,7 @@ class ComfyDenoiser:
             self._snapshot = (state, self.patcher.get_key_patches("diffusion_model."))
         return self._snapshot[1][name]
 
+    @torch.no_grad()
     def effective_weight(self, name: str) -> torch.Tensor:
         entry = self._patches(name)
         if not _is_plain(entry[0][0]) or self.patcher.injections:
@@ -238,7 +278,7 @@ class ComfyDenoiser:
 
     def _probe(self, name: str) -> torch.Tensor:
         """What the layer does to an identity: right for any storage format or injected change."""
-        comfy.model_management.load_models_gpu([self.patcher])
+        self._load(self.patcher)
         module = comfy.utils.get_attr(self.patcher.model, name.removesuffix(".weight"))
         width = self.patcher.model.model_config.unet_config["context_dim"]
         return module(torch.eye(width, device=self.patcher.load_device)).float().T.contiguous()
@@ -266,6 +306,200 @@ class ComfyDenoiser:
         if strength != 0.0:
             patcher.set_model_attn2_patch(_context_patch(key_delta, value_delta, strength))
         return ComfyDenoiser(patcher)
+
+    # --- forward passes ---
+
+    @cached_property
+    def noise_levels(self) -> torch.Tensor:
+        sampling = self.patcher.get_model_object("model_sampling")
+        with torch.inference_mode():
+            levels = sampling.sigmas
+            if len(levels) != _TRAINING_STEPS:  # distilled models keep every n-th one
+                levels = sampling.sigma(torch.arange(_TRAINING_STEPS, device=levels.device))
+            levels = levels.detach().float().cpu()
+        with torch.inference_mode(False):
+            return levels.clone()
+
+    def latent_shape(self, width: int, height: int) -> list[int]:
+        channels = self.patcher.model.latent_format.latent_channels
+        return [channels, height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT]
+
+    def to_host_latent(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.patcher.model.process_latent_out(latent)
+
+    def from_host_latent(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.patcher.model.process_latent_in(latent)
+
+    def denoise(
+        self,
+        noisy: torch.Tensor,
+        sigma: torch.Tensor,
+        context: torch.Tensor,
+        pooled: torch.Tensor | None,
+        tap: Tap | None,
+        attention_only: bool,
+    ) -> torch.Tensor | None:
+        if attention_only and tap is None:
+            return None  # nobody would see it
+        train = gradients_wanted()
+        if train and getattr(self._runner, "is_dynamic", bool)():
+            self._runner = _without_dynamic_memory(self._runner)
+        runner = self._runner
+        self._load(runner, whole=train)
+        model, device = runner.model, runner.load_device
+        latent, noise_level, text = (
+            leave_inference_mode(tensor.to(device)) for tensor in (noisy, sigma, context)
+        )
+        options = self._transformer_options(runner, noise_level, train)
+        if tap is not None:
+            options["patches_replace"] = self._with_tap(options, tap, attention_only)
+        conditions = _conditions(model, latent, text, pooled)
+        forward = _Forward(runner, options, conditions)
+        weights: dict[str, torch.Tensor] = {}
+        if train:
+            weights = {
+                f"model.{name}": usable_for_autograd(parameter)
+                for name, parameter in model.named_parameters()
+                if _is_plain(parameter)
+            }
+        before = model.current_patcher
+        model.current_patcher = runner
+        try:
+            return call_with_weights(forward, weights, latent, noise_level).float()
+        except _LastAttentionSeen:
+            return None
+        except RuntimeError as error:
+            if train and "Inference tensors cannot be saved" in str(error):
+                raise HostError(
+                    "Another node's patch on this MODEL cannot be trained through (an adapter or a "
+                    "LoRA in bypass mode, for example): connect the MODEL from before that node."
+                ) from error
+            raise
+        finally:
+            model.current_patcher = before
+
+    @staticmethod
+    def _load(patcher: Any, whole: bool = False) -> None:
+        """As for sampling; `whole`: no part of it streamed in, whose buffer is used again before
+        the backward pass needs it."""
+        management = comfy.model_management
+        loaded = any(entry.model is patcher for entry in management.current_loaded_models)
+        merged = patcher.model.current_weight_patches_uuid == patcher.patches_uuid
+        if not loaded or not merged or (whole and patcher.model.model_lowvram):
+            with torch.inference_mode():  # where the host's own in-place updates are at home
+                management.load_models_gpu([patcher], force_full_load=whole)
+
+    def _transformer_options(self, runner: Any, sigma: torch.Tensor, train: bool) -> dict[str, Any]:
+        """What the host's sampler hands to the model, in a copy of its own."""
+        options = dict(runner.model_options.get("transformer_options", {}))
+        merge = comfy.patcher_extension.merge_nested_dicts
+        options["callbacks"] = merge(options.get("callbacks", {}), runner.callbacks)
+        options["wrappers"] = {
+            # Compiled for sampling, a model would be compiled once more for each pass with a tap.
+            kind: {key: calls for key, calls in keyed.items() if key != "torch.compile"}
+            for kind, keyed in merge(options.get("wrappers", {}), runner.wrappers).items()
+        }
+        options.update(cond_or_uncond=[0], uuids=[uuid.uuid4()], sigmas=sigma)
+        if train:  # the faster kinds have no backward pass
+            options["optimized_attention_override"] = _plain_attention
+        return options
+
+    def _with_tap(
+        self, options: dict[str, Any], tap: Tap, attention_only: bool
+    ) -> dict[str, dict[Any, Any]]:
+        replacements = options.get("patches_replace", {})
+        if replacements.get("attn2"):
+            raise HostError(
+                "Another node replaces this MODEL's cross-attention (an IP-Adapter, for example): "
+                "connect the MODEL from before that node."
+            )
+        layers = {
+            match[1]: (match[2], int(match[3] or 0), int(match[4]))
+            for match in map(_CROSS_ATTENTION.fullmatch, self._names)
+        }
+        last = next(reversed(layers), None)
+        return {
+            **replacements,
+            "attn2": {
+                block: _attention(layer, tap, stop=attention_only and layer == last)
+                for layer, block in layers.items()
+            },
+        }
+
+
+class _LastAttentionSeen(BaseException):
+    """Ends a forward pass; no `except Exception` on the way out should see it."""
+
+
+class _Forward(torch.nn.Module):
+    """The host's own way from a noisy latent to a clean one, as a module around the model."""
+
+    def __init__(self, runner: Any, options: dict[str, Any], conditions: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = runner.model
+        self._wrapper = runner.model_options.get("model_function_wrapper")
+        self._conditions = {**conditions, "transformer_options": options}
+
+    def forward(self, latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        if self._wrapper is None:
+            return self.model.apply_model(latent, sigma, **self._conditions)
+        call = {"input": latent, "timestep": sigma, "c": self._conditions, "cond_or_uncond": [0]}
+        return self._wrapper(self.model.apply_model, call)
+
+
+def _plain_attention(_chosen: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    return attention_pytorch(*args, **kwargs)
+
+
+def _attention(layer: str, tap: Tap, stop: bool) -> Callable[..., torch.Tensor]:
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
+        attended = tap(layer, query, key, value, options["n_heads"])
+        if stop:
+            raise _LastAttentionSeen
+        return attended.to(query.dtype)
+
+    return attend
+
+
+def _conditions(
+    model: Any, latent: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor | None
+) -> dict[str, Any]:
+    """Text, size and whatever else this type of model is told, as its sampler would."""
+    count, _, height, width = latent.shape
+    if isinstance(model, SDXL | SDXLRefiner) and pooled is None:
+        raise HostError(
+            "This MODEL is an SDXL model and the CLIP is not: connect both from one checkpoint."
+        )
+    told = model.extra_conds(
+        cross_attn=context,
+        pooled_output=None if pooled is None else leave_inference_mode(pooled.to(latent.device)),
+        noise=latent,
+        device=latent.device,
+        width=width * _PIXELS_PER_LATENT,
+        height=height * _PIXELS_PER_LATENT,
+    )
+    processed = {
+        name: condition.process_cond(batch_size=count, area=None).cond
+        for name, condition in told.items()
+    }
+    return {
+        name: leave_inference_mode(value) if isinstance(value, torch.Tensor) else value
+        for name, value in processed.items()
+    }
+
+
+def _without_dynamic_memory(patcher: Any) -> Any:
+    """Newer hosts stream weights through memory that is used again before a backward pass."""
+    try:
+        with torch.inference_mode():
+            return patcher.get_non_dynamic_delegate()
+    except RuntimeError as error:
+        raise HostError(
+            f"This MODEL cannot be loaded as a whole, which training needs ({error}): start "
+            "ComfyUI with --disable-dynamic-vram."
+        ) from error
 
 
 def _kohya(name: str) -> str:

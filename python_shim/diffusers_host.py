@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,15 @@ from pathlib import Path
 import torch
 
 from . import clip_bpe, lora_file, sampling, sd1_checkpoint
+from .autograd import call_with_weights, gradients_wanted, usable_for_autograd
 from .errors import HostError
 from .fingerprint import fingerprint
 from .lora_file import Delta
-from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE
+from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
 
 log = logging.getLogger(__name__)
+
+Tap = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 class DiffusersTextEncoder:
@@ -48,6 +51,9 @@ class DiffusersTextEncoder:
         ids = torch.tensor(rows, device=next(self._model.parameters()).device)
         with torch.no_grad():
             return self._model(input_ids=ids).last_hidden_state.float().cpu()
+
+    def embed(self, prompts: Sequence[str]) -> tuple[torch.Tensor, None]:
+        return self.encode(prompts), None
 
     def _window(self, ids: list[int]) -> list[int]:
         if len(ids) > self.window:
@@ -79,12 +85,45 @@ class _ContextMap:
         return (self._mapped, *inputs[1:])
 
 
+class _LastAttentionSeen(BaseException):
+    """Ends a forward pass; no `except Exception` on the way out should see it."""
+
+
+class _TappedAttention:
+    """The attention processor of one text cross-attention layer during one forward pass."""
+
+    def __init__(self, layer: str, tap: Tap, stop: bool) -> None:
+        self._layer, self._tap, self._stop = layer, tap, stop
+
+    def __call__(
+        self,
+        attention: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        query = attention.to_q(hidden_states)
+        key = attention.to_k(encoder_hidden_states)
+        value = attention.to_v(encoder_hidden_states)
+        attended = self._tap(self._layer, query, key, value, attention.heads)
+        if self._stop:
+            raise _LastAttentionSeen
+        project, dropout = attention.to_out
+        return dropout(project(attended.to(query.dtype)))
+
+
+def _execution_order(name: str) -> int:
+    """The middle block runs before the up blocks, and is listed after them."""
+    return ("down_blocks", "mid_block", "up_blocks").index(name.split(".")[0])
+
+
 class _SharedUNet:
     """The base model under any number of denoiser views; its weight storage is never written."""
 
     def __init__(self, unet: torch.nn.Module, unet_names: dict[str, str]) -> None:
         self.unet = unet
         self.diffusers_names = unet_names
+        self.module_names = {f"diffusion_model.{ldm}": name for name, ldm in unet_names.items()}
         parameters = dict(unet.named_parameters())
         self.weights = {
             f"diffusion_model.{ldm}": parameters[name] for name, ldm in unet_names.items()
@@ -92,7 +131,10 @@ class _SharedUNet:
         self.lock = threading.RLock()
         self.cross_attention: list[tuple[str, str, str]] = []
         self.projections: dict[str, list[torch.nn.Module]] = {"key": [], "value": []}
-        for path, module in unet.named_modules():
+        self.layers: dict[str, torch.nn.Module] = {}  # by common weight name, as they run
+        self.merged: tuple[object, dict[str, torch.Tensor]] = ((), {})
+        attentions = [item for item in unet.named_modules() if ".attn2" in item[0]]
+        for path, module in sorted(attentions, key=lambda item: _execution_order(item[0])):
             for ending, role in ((".attn2.to_k", "key"), (".attn2.to_v", "value")):
                 if path.endswith(ending):
                     lora_name = "lora_unet_" + path.replace(".", "_")
@@ -100,6 +142,9 @@ class _SharedUNet:
                         (f"diffusion_model.{unet_names[path + '.weight']}", lora_name, role)
                     )
                     self.projections[role].append(module)
+            if path.endswith(".attn2"):
+                name = f"diffusion_model.{unet_names[path + '.to_k.weight']}"
+                self.layers[name.removesuffix(".to_k.weight")] = module
 
     @cached_property
     def fingerprint(self) -> str:
@@ -203,9 +248,10 @@ class DiffusersDenoiser:
         sigmas = sampling.make_sigmas(schedule, scheduler, steps, denoise)
         if not len(sigmas):
             return latent.clone()
-        device = next(self._base.unet.parameters()).device
+        unet = self._base.unet
+        device = next(unet.parameters()).device
         guided = cfg != 1.0
-        with torch.no_grad(), self._base.lock, self._applied():
+        with torch.no_grad(), self._base.lock, self._context_mapped():
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(latent.shape, generator=generator)
             starts_at_full_noise = abs(float(sigmas[0]) / float(schedule.sigmas[-1]) - 1.0) < 1e-5
@@ -217,7 +263,8 @@ class DiffusersDenoiser:
             def clean_estimate(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
                 scaled = x / (sigma**2 + 1.0) ** 0.5
                 time = schedule.timestep(sigma).to(device)
-                noise = self._base.unet(torch.cat([scaled] * len(contexts)), time, context).sample
+                batch = torch.cat([scaled] * len(contexts))
+                noise = call_with_weights(unet, self._merged(), batch, time, context).sample
                 if not guided:
                     return x - sigma * noise
                 with_prompt, without = noise.chunk(2)
@@ -227,23 +274,79 @@ class DiffusersDenoiser:
             x = sampling.run_sampler(sampler, x, sigmas, clean_estimate, on_step)
         return (x / LATENT_SCALE).float().cpu()
 
+    @property
+    def noise_levels(self) -> torch.Tensor:
+        return sampling.NoiseSchedule().sigmas
+
+    def latent_shape(self, width: int, height: int) -> list[int]:
+        return [LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT]
+
+    def to_host_latent(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent / LATENT_SCALE
+
+    def from_host_latent(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent * LATENT_SCALE
+
+    def denoise(
+        self,
+        noisy: torch.Tensor,
+        sigma: torch.Tensor,
+        context: torch.Tensor,
+        pooled: torch.Tensor | None,
+        tap: Tap | None,
+        attention_only: bool,
+    ) -> torch.Tensor | None:
+        if attention_only and tap is None:
+            return None  # nobody would see it
+        unet = self._base.unet
+        device = next(unet.parameters()).device
+        with self._base.lock, self._context_mapped(), self._tapped(tap, attention_only):
+            weights = dict(self._merged())
+            if gradients_wanted():
+                weights |= {
+                    name: usable_for_autograd(weights.get(name, parameter))
+                    for name, parameter in unet.named_parameters()
+                    if name in weights or parameter.is_inference() or parameter.requires_grad
+                }
+                noisy, sigma, context = map(usable_for_autograd, (noisy, sigma, context))
+            noisy, context = noisy.to(device), context.to(device)
+            time = sampling.NoiseSchedule().timestep(sigma.reshape(-1, 1)).to(device)
+            level = sigma.to(device).reshape(-1, 1, 1, 1)
+            scaled = noisy / (level**2 + 1.0) ** 0.5
+            try:
+                noise = call_with_weights(unet, weights, scaled, time, context).sample
+            except _LastAttentionSeen:
+                return None
+        return (noisy - level * noise).float()
+
     def _weight(self, name: str) -> torch.nn.Parameter:
         weight = self._base.weights.get(name)
         if weight is None:
             raise HostError(f"This model has no weight named {name}.")
         return weight
 
+    def _merged(self) -> dict[str, torch.Tensor]:
+        """The changed weights by their name in the module.
+
+        They take the place of the base weights for one call at a time, and are kept until another
+        view needs its own: training runs many passes through one view.
+        """
+        if self._base.merged[0] is not self._deltas:
+            self._base.merged = ((), {})  # two sets at a time would not fit every machine
+            with torch.inference_mode(False):  # of use to any later pass
+                merged = {
+                    self._base.module_names[name]: self.effective_weight(name).to(
+                        self._weight(name).dtype
+                    )
+                    for name in dict.fromkeys(delta[0] for delta, _ in self._deltas)
+                }
+            self._base.merged = (self._deltas, merged)
+        return self._base.merged[1]
+
     @contextlib.contextmanager
-    def _applied(self) -> Iterator[None]:
-        """The pending changes in the shared module; undone on every path."""
-        originals: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    def _context_mapped(self) -> Iterator[None]:
         handles = []
         try:
-            for name in dict.fromkeys(delta[0] for delta, _ in self._deltas):
-                parameter = self._weight(name)
-                changed = self.effective_weight(name).to(parameter.dtype)
-                originals.append((parameter, parameter.data))
-                parameter.data = changed
             for index, role in enumerate(("key", "value")):
                 maps = [
                     (entry[index], entry[2])
@@ -257,10 +360,22 @@ class DiffusersDenoiser:
                     ]
             yield
         finally:
-            for parameter, data in originals:
-                parameter.data = data
             for handle in handles:
                 handle.remove()
+
+    @contextlib.contextmanager
+    def _tapped(self, tap: Tap | None, attention_only: bool) -> Iterator[None]:
+        layers = {} if tap is None else self._base.layers
+        last = next(reversed(layers), None)
+        originals = [(module, module.processor) for module in layers.values()]
+        try:
+            for layer, module in layers.items():
+                stop = attention_only and layer == last
+                module.processor = _TappedAttention(layer, tap, stop)
+            yield
+        finally:
+            for module, processor in originals:
+                module.processor = processor
 
 
 def _stack_contexts(contexts: list[torch.Tensor], batch: int) -> torch.Tensor:

@@ -33,8 +33,8 @@ class NoiseSchedule:
         self.log_sigmas = self.sigmas.log()
 
     def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The training step nearest to `sigma`."""
-        return (self.log_sigmas - sigma.float().cpu().log()).abs().argmin()
+        """The training step nearest to `sigma`; of each one in a column [n, 1]."""
+        return (self.log_sigmas - sigma.float().cpu().log()).abs().argmin(dim=-1)
 
     def sigma(self, timestep: float) -> float:
         """Noise level of a possibly fractional training step."""

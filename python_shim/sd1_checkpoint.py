@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 CONTEXT_WIDTH = 768
 LATENT_CHANNELS = 4
+PIXELS_PER_LATENT = 8
 LATENT_SCALE = 0.18215  # what SD1.x latents are multiplied by before the UNet sees them
 WHAT_WORKS = "the headless host runs SD1.x models (single .safetensors file or diffusers folder)"
 
