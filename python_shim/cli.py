@@ -9,13 +9,17 @@ import gc
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .errors import HostError
+
+if TYPE_CHECKING:
+    import torch
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -31,15 +35,29 @@ class ProgressLine:
         self._interval = self._TERMINAL_SECONDS if self._terminal else self._LOG_SECONDS
         self._shown_at = time.monotonic() if not self._terminal else 0.0
         self._width = 0
+        self._count = self._line = ""
 
     def report(self, done: int, total: int) -> None:
+        self._count = f"{done}/{total} ({100 * done // max(total, 1)} %)"
+        self._show(finished=done >= total)
+
+    def status(self, line: str) -> None:
+        self._line = line
+        self._show()
+
+    def preview(self, image: torch.Tensor) -> None:
+        """A terminal shows no pictures."""
+
+    def _show(self, finished: bool = False) -> None:
         now = time.monotonic()
         due = now - self._shown_at >= self._interval
-        if not due and not (self._terminal and done >= total):
+        if not due and not (self._terminal and finished):
             return
         self._shown_at = now
-        text = f"{done}/{total} ({100 * done // max(total, 1)} %)"
+        text = "  ".join(part for part in (self._count, self._line) if part)
         if self._terminal:
+            # a longer line would wrap, and not be overwritten
+            text = text[: shutil.get_terminal_size().columns - 1]
             self._stream.write("\r" + text.ljust(self._width))
             self._width = len(text)
         else:

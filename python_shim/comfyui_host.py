@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
 import time
@@ -29,6 +30,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import SDXL, SDXLRefiner, Stable_Zero123, SVD_img2vid
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+from PIL import Image
 from server import PromptServer
 
 from .autograd import (
@@ -540,6 +542,29 @@ def _context_patch(
     return patch
 
 
+class ComfyImageDecoder:
+    """A VAE: latents as LATENT sockets carry them, pictures as IMAGE sockets do."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            images = self._vae.decode(latent).float().clamp(0.0, 1.0)
+        if images.dim() != 4:
+            raise HostError(
+                "The VAE makes videos, and pictures are needed: connect the VAE of the checkpoint."
+            )
+        return leave_inference_mode(images)
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            latent = self._vae.encode(images[..., :3]).float()
+        if not bool(latent.any()):  # a VAE that was cut down to its decoder
+            raise HostError("This VAE can only decode: connect a VAE that can read pictures, too.")
+        return leave_inference_mode(latent)
+
+
 def output_directory() -> str:
     return folder_paths.get_output_directory()
 
@@ -550,23 +575,41 @@ def show_text(node_id: str, text: str) -> None:
 
 
 class ComfyProgress:
-    """The node's progress bar, and the user's Cancel button."""
+    """The node's progress bar, text and preview, and the user's Cancel button."""
 
-    _INTERVAL = 0.1
+    _BAR_SECONDS, _TEXT_SECONDS = 0.1, 0.5
+    _PREVIEW_PIXELS = 512
 
-    def __init__(self) -> None:
+    def __init__(self, node_id: str) -> None:
+        self._node_id = node_id
         self._bar: Any = None
-        self._shown = 0.0
+        self._position = (0, 1)
+        self._bar_moved = self._text_shown = -math.inf
 
     def report(self, done: int, total: int) -> None:
         self.check()  # the bar itself looks for an interrupt only now and then
+        self._position = (done, total)
         now = time.monotonic()
-        if done < total and now - self._shown < self._INTERVAL:
+        if done < total and now - self._bar_moved < self._BAR_SECONDS:
             return
-        self._shown = now
-        if self._bar is None:
-            self._bar = comfy.utils.ProgressBar(total)
-        self._bar.update_absolute(done, total)
+        self._bar_moved = now
+        self._move_bar(None)
 
     def check(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def status(self, line: str) -> None:
+        now = time.monotonic()
+        if now - self._text_shown >= self._TEXT_SECONDS:
+            self._text_shown = now
+            show_text(self._node_id, line)
+
+    def preview(self, image: torch.Tensor) -> None:
+        pixels = (255 * image.detach().float().clamp(0, 1)).round().to(torch.uint8).cpu().numpy()
+        self._move_bar(("JPEG", Image.fromarray(pixels), self._PREVIEW_PIXELS))
+
+    def _move_bar(self, preview: tuple[str, Image.Image, int] | None) -> None:
+        done, total = self._position
+        if self._bar is None:
+            self._bar = comfy.utils.ProgressBar(total, node_id=self._node_id)
+        self._bar.update_absolute(done, total, preview)

@@ -26,6 +26,7 @@ _STANDARD_TYPES = {
     "FLOAT": io.Float,
     "IMAGE": io.Image,
     "INT": io.Int,
+    "MASK": io.Mask,
     "MODEL": io.Model,
     "STRING": io.String,
     "VAE": io.Vae,
@@ -33,6 +34,7 @@ _STANDARD_TYPES = {
 _INPUT_ADAPTERS: dict[str, Callable[[Any], Any]] = {
     "CLIP": comfyui_host.ComfyTextEncoder,
     "MODEL": comfyui_host.ComfyDenoiser,
+    "VAE": comfyui_host.ComfyImageDecoder,
 }
 _OUTPUT_ADAPTERS: dict[str, Callable[[Any], Any]] = {"MODEL": lambda denoiser: denoiser.patcher}
 
@@ -126,7 +128,8 @@ def _executor(spec: JSON) -> classmethod:
             for name, value in values.items()
             if value is not None
         }
-        results = _pack().run(spec["id"], inputs, comfyui_host.ComfyProgress())
+        progress = comfyui_host.ComfyProgress(cls.hidden.unique_id)
+        results = _pack().run(spec["id"], inputs, progress)
         adapted, shown = [], None
         for item, result in zip(spec["outputs"], results, strict=True):
             if item["id"] == "report":

@@ -393,7 +393,7 @@ def _stack_contexts(contexts: list[torch.Tensor], batch: int) -> torch.Tensor:
 
 class DiffusersImageDecoder:
     def __init__(self, checkpoint: sd1_checkpoint.SD1Checkpoint, device: torch.device) -> None:
-        self._decode = checkpoint.decode_latent
+        self._vae = checkpoint.vae
         self._device = device
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
@@ -405,10 +405,37 @@ class DiffusersImageDecoder:
             )
         with torch.no_grad():
             images = [
-                self._decode(one.unsqueeze(0).float().to(self._device)).float().cpu()
+                self._vae.decode(one.unsqueeze(0).float().to(self._device)).float().cpu()
                 for one in latent
             ]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """The centre of what the encoder finds possible, as in ComfyUI; sides cut to whole latents,
+        evenly on both ends."""
+        if images.dim() != 4 or images.shape[-1] < 3:
+            raise HostError(
+                f"The VAE needs pictures [n, H, W, 3], not a tensor of shape {list(images.shape)}."
+            )
+        height, width = (
+            PIXELS_PER_LATENT * (side // PIXELS_PER_LATENT) for side in images.shape[1:3]
+        )
+        top, left = (
+            (side - kept) // 2
+            for side, kept in zip(images.shape[1:3], (height, width), strict=True)
+        )
+        images = images[:, top : top + height, left : left + width, :3].permute(0, 3, 1, 2)
+        with torch.no_grad():
+            latents = [
+                self._vae.encode(2 * one.unsqueeze(0).float().to(self._device) - 1).float().cpu()
+                for one in images
+            ]
+        latent = torch.cat(latents)
+        if not bool(latent.any()):  # the demo model, for one, has zeros there
+            raise HostError(
+                "This checkpoint's VAE can only decode; use one that can read pictures, too."
+            )
+        return latent
 
 
 class DiffusersHost:

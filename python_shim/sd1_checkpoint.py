@@ -6,6 +6,7 @@ Nothing is ever downloaded: every module is built from the shapes found in the f
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -36,15 +37,21 @@ Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class VAE:
+    """Between host latents [1,4,h,w] and images [1,3,H,W] in -1..1."""
+
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    encode: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class SD1Checkpoint:
     unet: torch.nn.Module
     unet_names: dict[str, str]  # diffusers parameter name -> LDM name without prefix
     text_model: CLIPTextModel
     text_weights: list[torch.Tensor]  # every parameter of the text transformer, for the fingerprint
     tokenizer: Tokenizer
-    decode_latent: Callable[
-        [torch.Tensor], torch.Tensor
-    ]  # host latent [1,4,h,w] -> image [1,3,H,W] in -1..1
+    vae: VAE
 
 
 def load(path: Path, device: torch.device) -> SD1Checkpoint:
@@ -327,46 +334,60 @@ def _without_identity_layers(weights: Weights, layers: int) -> tuple[Weights, in
     return out, len(kept)
 
 
-def _build_tiny_decoder(
+def _build_tiny_vae(
     weights: Weights, path: Path, scale: float, shift: float, device: torch.device
-) -> Callable:
+) -> VAE:
     from diffusers import AutoencoderTiny
 
-    weights = _floats(weights, "VAE decoder", path)
-    decoder = _build(
-        lambda: AutoencoderTiny().decoder, _strip(weights, "decoder."), "VAE decoder", path
-    ).to(device)
-    return lambda latent: decoder((latent - shift) * scale)
+    def half(name: str) -> torch.nn.Module:
+        part = f"VAE {name}"
+        wanted = _floats(_select(weights, f"{name}."), part, path)
+        return _build(lambda: getattr(AutoencoderTiny(), name), wanted, part, path).to(device)
+
+    decoder, encoder = half("decoder"), functools.cache(lambda: half("encoder"))
+    return VAE(
+        decode=lambda latent: decoder((latent - shift) * scale),
+        encode=lambda image: encoder()(image) / scale + shift,
+    )
 
 
-def _build_stock_decoder(
-    weights: Weights, path: Path, scale: float, device: torch.device
-) -> Callable:
+def _build_stock_vae(weights: Weights, path: Path, scale: float, device: torch.device) -> VAE:
     from diffusers import AutoencoderKL
 
-    names = sd1_names.vae_decoder_to_diffusers(weights)
+    names = sd1_names.vae_to_diffusers(weights)
     weights = {names[key]: value for key, value in weights.items()}
     for key, value in weights.items():  # 1x1 convolutions in LDM files, plain matrices in diffusers
         if ".attentions." in key and value.dim() == 4:
             weights[key] = value[:, :, 0, 0]
-    weights = _floats(weights, "VAE decoder", path)
 
-    def decoder_only() -> torch.nn.Module:
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=LATENT_CHANNELS,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
-        return torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    def half(name: str, at_latents: str) -> torch.nn.ModuleDict:
+        part = f"VAE {name}"
+        wanted = {k: v for k, v in weights.items() if k.startswith((f"{name}.", f"{at_latents}."))}
 
-    parts = _build(decoder_only, weights, "VAE decoder", path).to(device)
-    return lambda latent: parts["decoder"](parts["post_quant_conv"](latent * scale))
+        def modules() -> torch.nn.Module:
+            vae = AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+                latent_channels=LATENT_CHANNELS,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+            )
+            return torch.nn.ModuleDict({part: getattr(vae, part) for part in (name, at_latents)})
 
+        return _build(modules, _floats(wanted, part, path), part, path).to(device)
 
-def _strip(weights: Weights, prefix: str) -> Weights:
-    return {key.removeprefix(prefix): value for key, value in weights.items()}
+    decoder = half("decoder", "post_quant_conv")
+    encoder = functools.cache(lambda: half("encoder", "quant_conv"))  # few workflows need it
+
+    def encode(image: torch.Tensor) -> torch.Tensor:
+        parts = encoder()
+        mean, _log_variance = parts["quant_conv"](parts["encoder"](image)).chunk(2, dim=1)
+        return mean / scale
+
+    return VAE(
+        decode=lambda latent: decoder["decoder"](decoder["post_quant_conv"](latent * scale)),
+        encode=encode,
+    )
 
 
 # --------------------------------------------------------------------------- single file
@@ -393,14 +414,11 @@ def _load_single_file(path: Path, device: torch.device) -> SD1Checkpoint:
             for name, default in (("vae_scale", 1.0), ("vae_shift", 0.0))
         )
         tiny = {sd1_names.tiny_decoder_to_diffusers(key): value for key, value in tiny.items()}
-        decode = _build_tiny_decoder(tiny, path, scale, shift, device)
+        encoder = _select(vae, "taesd_encoder.")
+        tiny |= {f"encoder.layers.{key}": value for key, value in encoder.items()}
+        decoder = _build_tiny_vae(tiny, path, scale, shift, device)
     elif vae:
-        wanted = {
-            key: value
-            for key, value in vae.items()
-            if key.startswith(("decoder.", "post_quant_conv."))
-        }
-        decode = _build_stock_decoder(wanted, path, 1.0, device)
+        decoder = _build_stock_vae(vae, path, 1.0, device)
     else:
         raise HostError(f"{path.name} has no VAE; use a checkpoint with the VAE baked in.")
 
@@ -410,7 +428,7 @@ def _load_single_file(path: Path, device: torch.device) -> SD1Checkpoint:
         text_model=text_model.to(device),
         text_weights=text_weights,
         tokenizer=clip_bpe.make_tokenizer(),
-        decode_latent=decode,
+        vae=decoder,
     )
 
 
@@ -488,18 +506,14 @@ def _load_folder(folder: Path, device: torch.device) -> SD1Checkpoint:
     text_model, text_weights = _build_text_model(read_safetensors(text_file), text_file)
 
     vae_file = _part_file(folder, "vae", "diffusion_pytorch_model")
-    vae = {
-        k: v
-        for k, v in read_safetensors(vae_file).items()
-        if k.startswith(("decoder.", "post_quant_conv."))
-    }
+    vae = read_safetensors(vae_file)
     config = _config(folder, "vae/config.json")
     if any(key.startswith("decoder.layers.") for key in vae):
         scale = LATENT_SCALE / _number(config, "scaling_factor", 1.0, folder)
-        decode = _build_tiny_decoder(vae, vae_file, scale, 0.0, device)
+        decoder = _build_tiny_vae(vae, vae_file, scale, 0.0, device)
     else:
         scale = LATENT_SCALE / _number(config, "scaling_factor", LATENT_SCALE, folder)
-        decode = _build_stock_decoder(vae, vae_file, scale, device)
+        decoder = _build_stock_vae(vae, vae_file, scale, device)
 
     return SD1Checkpoint(
         unet=unet.to(device),
@@ -507,5 +521,5 @@ def _load_folder(folder: Path, device: torch.device) -> SD1Checkpoint:
         text_model=text_model.to(device),
         text_weights=text_weights,
         tokenizer=_folder_tokenizer(folder),
-        decode_latent=decode,
+        vae=decoder,
     )

@@ -109,25 +109,26 @@ def unet_to_ldm(keys: Iterable[str]) -> dict[str, str]:
     return {key: _rename(key, blocks, _RESIDUAL_BACK) for key in keys}
 
 
-def vae_decoder_to_diffusers(keys: Iterable[str]) -> dict[str, str]:
-    """Names of a stock VAE's decoder, LDM or older diffusers ones -> current diffusers."""
+def vae_to_diffusers(keys: Iterable[str]) -> dict[str, str]:
+    """Names of a stock VAE, LDM or older diffusers ones -> current diffusers."""
     keys = list(keys)
     levels = len(_indices(keys, r"decoder\.up\.(\d+)\."))
+    half = r"^(encoder|decoder)"
     renamed = {}
     for key in keys:
         new = re.sub(
-            r"^decoder\.mid\.block_(\d)",
-            lambda m: f"decoder.mid_block.resnets.{int(m[1]) - 1}",
+            half + r"\.mid\.block_(\d)",
+            lambda m: f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}",
             key,
         )
         new = re.sub(
-            r"^decoder\.mid\.attn_1\.(\w+)",
-            lambda m: f"decoder.mid_block.attentions.0.{_VAE_ATTENTION.get(m[1], m[1])}",
+            half + r"\.mid\.attn_1\.(\w+)",
+            lambda m: f"{m[1]}.mid_block.attentions.0.{_VAE_ATTENTION.get(m[2], m[2])}",
             new,
         )
         new = re.sub(
-            r"^(decoder\.mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.",
-            lambda m: f"{m[1]}.{_OLD_VAE_ATTENTION[m[2]]}.",
+            half + r"(\.mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.",
+            lambda m: f"{m[1]}{m[2]}.{_OLD_VAE_ATTENTION[m[3]]}.",
             new,
         )
         # LDM counts up-blocks from the image, diffusers from the latent
@@ -141,10 +142,12 @@ def vae_decoder_to_diffusers(keys: Iterable[str]) -> dict[str, str]:
             lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.upsamplers.0",
             new,
         )
-        new = new.replace(".nin_shortcut.", ".conv_shortcut.").replace(
-            "decoder.norm_out.", "decoder.conv_norm_out."
+        new = re.sub(r"^encoder\.down\.(\d+)\.block", r"encoder.down_blocks.\1.resnets", new)
+        new = re.sub(
+            r"^encoder\.down\.(\d+)\.downsample", r"encoder.down_blocks.\1.downsamplers.0", new
         )
-        renamed[key] = new
+        new = re.sub(half + r"\.norm_out\.", r"\1.conv_norm_out.", new)
+        renamed[key] = new.replace(".nin_shortcut.", ".conv_shortcut.")
     return renamed
 
 

@@ -260,6 +260,23 @@ def test_progress_stays_on_one_line():
     assert text.endswith("\r")
 
 
+def test_the_line_also_says_what_goes_on(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    progress = cli.ProgressLine(stream)
+    progress.status("church: step 1 of 50")
+    assert stream.getvalue() == "\rchurch: step 1 of 50"
+    progress.status("church: step 2 of 50")
+    assert "step 2" not in stream.getvalue(), "it is throttled"
+    progress.status("church: " + 100 * "x")
+    progress.report(100, 100)
+    last = stream.getvalue().split("\r")[-1]
+    assert last.startswith("100/100 (100 %)  church: xxx") and len(last) == 39
+    progress.preview(torch.rand(8, 8, 3))
+    progress.clear()
+    assert stream.getvalue().endswith("\r" + 39 * " " + "\r")
+
+
 def test_progress_in_a_log_file_is_rare():
     stream = io.StringIO()
     progress = cli.ProgressLine(stream)

@@ -77,7 +77,7 @@ def test_the_configuration_comes_from_the_shapes(sd15):
     assert {k: v.shape for k, v in rebuilt.items()} == {k: v.shape for k, v in sd15.items()}
 
 
-def ldm_vae_decoder_shapes() -> dict[str, tuple[int, ...]]:
+def ldm_vae_shapes() -> dict[str, tuple[int, ...]]:
     """A stock SD VAE decoder, as its single-file checkpoints name it."""
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -108,6 +108,22 @@ def ldm_vae_decoder_shapes() -> dict[str, tuple[int, ...]]:
             layer(f"decoder.up.{level}.upsample.conv", width, width, 3, 3)
     layer("decoder.norm_out", 128)
     layer("decoder.conv_out", 3, 128, 3, 3)
+    layer("encoder.conv_in", 128, 3, 3, 3)
+    channels = 128
+    for level, width in enumerate((128, 256, 512, 512)):
+        for block in range(2):
+            residual(f"encoder.down.{level}.block.{block}", channels, width)
+            channels = width
+        if level < 3:
+            layer(f"encoder.down.{level}.downsample.conv", width, width, 3, 3)
+    residual("encoder.mid.block_1", 512, 512)
+    residual("encoder.mid.block_2", 512, 512)
+    layer("encoder.mid.attn_1.norm", 512)
+    for part in ("q", "k", "v", "proj_out"):
+        layer(f"encoder.mid.attn_1.{part}", 512, 512, 1, 1)
+    layer("encoder.norm_out", 512)
+    layer("encoder.conv_out", 8, 512, 3, 3)
+    layer("quant_conv", 8, 8, 1, 1)
     return shapes
 
 
@@ -115,7 +131,7 @@ def ldm_vae_decoder_shapes() -> dict[str, tuple[int, ...]]:
 def vae_weights():
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for key, shape in ldm_vae_decoder_shapes().items():
+    for key, shape in ldm_vae_shapes().items():
         scale = torch.Size(shape[1:]).numel() ** -0.5 if len(shape) > 1 else 0.1
         weights[key] = scale * torch.randn(shape, generator=generator)
         if len(shape) == 1 and key.endswith("weight"):
@@ -123,7 +139,7 @@ def vae_weights():
     return weights
 
 
-def test_a_stock_vae_decodes_as_diffusers_own_conversion(vae_weights):
+def test_a_stock_vae_works_as_diffusers_own_conversion(vae_weights):
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
@@ -131,13 +147,16 @@ def test_a_stock_vae_decodes_as_diffusers_own_conversion(vae_weights):
     )  # fmt: skip
     prefixed = {"first_stage_model." + key: value.clone() for key, value in vae_weights.items()}
     converted = single_file.convert_ldm_vae_checkpoint(prefixed, dict(vae.config))
-    missing, unexpected = vae.load_state_dict(converted, strict=False)
-    assert not unexpected and all(key.startswith(("encoder.", "quant_conv.")) for key in missing)
-    decode = sd1_checkpoint._build_stock_decoder(
+    vae.load_state_dict(converted)
+    ours = sd1_checkpoint._build_stock_vae(
         dict(vae_weights), Path("model.safetensors"), 1.0, torch.device("cpu")
     )
     latent = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    image = torch.rand(1, 3, 32, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        expected = vae.decode(latent).sample
-        assert expected.abs().max() > 0.1
-        torch.testing.assert_close(decode(latent), expected, atol=1e-4, rtol=1e-4)
+        for result, expected in (
+            (ours.decode(latent), vae.decode(latent).sample),
+            (ours.encode(image), vae.encode(image).latent_dist.mean),
+        ):
+            assert expected.abs().max() > 0.1
+            torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)

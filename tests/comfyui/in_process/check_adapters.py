@@ -425,7 +425,7 @@ def test_progress_is_throttled_but_shows_the_end(
     monkeypatch.setattr(
         comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, *_, **__: seen.append((done, total))
     )
-    progress = host.ComfyProgress()
+    progress = host.ComfyProgress("7")
     for step in range(1, 501):
         progress.report(step, 500)
     assert seen[0] == (1, 500) and seen[-1] == (500, 500) and len(seen) < 20
@@ -433,7 +433,7 @@ def test_progress_is_throttled_but_shows_the_end(
 
 def test_interrupt_arrives_in_report_and_check(host: ModuleType) -> None:
     interrupted = comfy.model_management.InterruptProcessingException
-    progress = host.ComfyProgress()
+    progress = host.ComfyProgress("7")
     for call in (lambda: progress.report(3, 100), progress.check):
         comfy.model_management.interrupt_current_processing(True)
         with pytest.raises(interrupted):
