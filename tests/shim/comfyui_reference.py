@@ -17,6 +17,7 @@ import comfy.cli_args  # noqa: E402
 
 comfy.cli_args.args.cpu = True
 
+import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
@@ -49,4 +50,12 @@ with torch.inference_mode():
             latent, denoise=case["denoise"], seed=case["seed"], disable_pbar=True,
         )  # fmt: skip
         result[name] = {"latent": latent.clone(), "image": vae.decode(latent).clone()}
+    # One forward pass at several noise levels, through the sampler's own function.
+    wanted = job["denoise"]
+    comfy.model_management.load_models_gpu([model])
+    result["denoised"] = model.model.apply_model(
+        torch.tensor(wanted["noisy"]), torch.tensor(wanted["sigma"]),
+        c_crossattn=torch.cat([conditioning(text)[0][0] for text in wanted["prompts"]]),
+        transformer_options={},
+    ).clone()  # fmt: skip
 torch.save(result, result_file)

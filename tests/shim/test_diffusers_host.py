@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,29 @@ def test_the_decoder_gets_latents_in_the_trained_scale(demo):
 # --------------------------------------------------------------------------- patches while sampling
 
 
+def test_encoding_needs_an_encoder(demo):
+    with pytest.raises(HostError, match="can only decode"):
+        demo[2].encode(torch.rand(1, 16, 16, 3))
+    with pytest.raises(HostError, match="pictures"):
+        demo[2].encode(torch.rand(16, 16, 3))
+
+
+def test_encoding_is_the_other_way_than_decoding(demo, monkeypatch):
+    """With an encoder that takes every 8th pixel: order, scale and crop of what it gets."""
+    decoder = demo[2]
+    scale = 2.0
+    vae = replace(
+        decoder._vae,
+        encode=lambda image: torch.cat([image, image[:, :1]], 1)[..., ::8, ::8] / scale,
+    )
+    monkeypatch.setattr(decoder, "_vae", vae)
+    images = torch.rand(2, 19, 32, 3, generator=torch.Generator().manual_seed(1))
+    latent = decoder.encode(images)
+    assert latent.shape == (2, 4, 2, 4)
+    expected = (2 * images[:, 1:17:8, ::8] - 1) / scale  # 3 rows too many: one above, two below
+    torch.testing.assert_close(latent[:, :3], expected.permute(0, 3, 1, 2))
+
+
 def test_patches_are_merged_and_undone(demo):
     model, clip, _ = demo
     before, plain = state_hash(model), sample(model, clip)
@@ -323,7 +347,7 @@ def test_patches_are_undone_when_a_step_raises(demo, error):
     patched = patched.with_context_map(noise(768, 768), None, 1.0)
 
     def on_step(done: int, total: int) -> None:
-        assert state_hash(model) != before, "the patch is in the module while it samples"
+        assert state_hash(model) == before, "not even while it samples are base weights touched"
         assert hook_count(model) == 4
         raise error
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -124,6 +125,35 @@ def test_exceptions_of_the_host_come_out_as_the_same_object(pack, error: BaseExc
         with pytest.raises(type(error)) as caught:
             attempt()
         assert caught.value is error
+
+
+OUT_OF_MEMORY = """
+import sys
+import torch
+
+sys.path[:0] = sys.argv[1:3]
+torch.ops.load_library(sys.argv[3])
+from test_native_module import refine
+from python_shim import loader
+
+try:
+    refine(loader.load().NodePack())
+except torch.OutOfMemoryError as error:
+    print("out of memory:", error)
+"""
+
+
+def test_out_of_memory_below_the_module_is_torchs_own_exception() -> None:
+    """Only with the pybind11 inside torch; hosts free memory or retry when they see this type."""
+    probe = next((REPOSITORY / "build" / "tests" / "shim").glob("*lacuna_oom_probe.*"), None)
+    if probe is None:
+        pytest.skip("needs the test libraries: make build")
+    folders = [REPOSITORY, REPOSITORY / "tests" / "shim"]
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, *folders, probe],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith("out of memory: device memory is full (on purpose)"), done.stderr
 
 
 def test_a_host_that_answers_nonsense_is_told_so(pack, native) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comfyui"))
 
 from comfy_server import NoCheckout, find_checkouts, host_environment, host_python
+from forward_checks import PlainAttention
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROMPTS = ["a photo of a cat", "the flag of japan", ""]
@@ -68,7 +70,14 @@ def reference(request, demo, demo_checkpoint, tmp_path_factory):
         )
         for i, (name, case) in enumerate(CASES.items())
     }  # fmt: skip
-    job = {"phrases": phrases(), "prompts": PROMPTS, "cases": cases, "start": start.tolist()}
+    levels = demo[0].noise_levels[[20, 500, 999]]
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(10))
+    noisy = noise * (1 + levels.reshape(-1, 1, 1, 1) ** 2).sqrt()
+    single = {"noisy": noisy.tolist(), "sigma": levels.tolist(), "prompts": PROMPTS}
+    job = {
+        "phrases": phrases(), "prompts": PROMPTS, "cases": cases, "start": start.tolist(),
+        "denoise": single,
+    }  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     script = Path(__file__).with_name("comfyui_reference.py")
     done = subprocess.run(
@@ -97,6 +106,17 @@ def test_text_embeddings(reference, demo):
     torch.testing.assert_close(
         demo[1].encode(PROMPTS), reference[1]["encoded"], atol=1e-4, rtol=1e-4
     )
+
+
+def test_forward_passes(reference, demo):
+    job, result = reference
+    noisy, sigma = (torch.tensor(job["denoise"][name]) for name in ("noisy", "sigma"))
+    context, _ = demo[1].embed(PROMPTS)
+    for tap in (None, PlainAttention()):
+        clean = demo[0].denoise(noisy, sigma, context, None, tap, False)
+        for ours, expected in zip(clean, result["denoised"], strict=True):
+            relative = float((ours - expected).abs().max() / expected.abs().max())
+            assert relative < 1e-3, f"the estimates differ by {relative:.2e} of their range"
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -155,6 +155,38 @@ def test_sd2_and_sdxl_batches(host: ModuleType) -> None:
         assert len(encoder.fingerprint) == 32
 
 
+def test_embeddings_with_pooled_vectors(host: ModuleType, checkpoint: Any) -> None:
+    from comfy.sdxl_clip import SDXLClipModel, SDXLTokenizer
+
+    layers = {"num_hidden_layers": 3}
+    sdxl = random_clip(
+        SDXLTokenizer, SDXLClipModel, clip_l_model_config=layers, clip_g_model_config=layers
+    )
+    context, pooled = host.ComfyTextEncoder(sdxl).embed(PROMPTS)
+    single = [conditioning(sdxl, prompt)[0] for prompt in PROMPTS]
+    assert torch.equal(context, torch.cat([cond for cond, _ in single]))
+    assert torch.equal(pooled, torch.cat([extra["pooled_output"] for _, extra in single]))
+    assert pooled.shape == (3, 1280) and not torch.allclose(pooled[0], pooled[1])
+    empty = host.ComfyTextEncoder(sdxl).embed([])
+    assert [tuple(part.shape) for part in empty] == [(0, 77, 2048), (0, 1280)]
+
+    encoder = host.ComfyTextEncoder(checkpoint[1])
+    context, pooled = encoder.embed(PROMPTS)
+    assert pooled is None and torch.equal(context, encoder.encode(PROMPTS))
+
+
+def test_embeddings_outside_inference_mode_can_be_trained_on(
+    host: ModuleType, checkpoint: Any
+) -> None:
+    with torch.inference_mode(False), torch.enable_grad():
+        context, _ = host.ComfyTextEncoder(checkpoint[1]).embed(["a photo of a cat"])
+        assert not context.is_inference() and not context.requires_grad
+        weight = torch.ones(768, requires_grad=True)
+        (context * weight).sum().backward()
+        assert float(weight.grad.abs().max()) > 0
+    assert all(p.grad is None for p in checkpoint[1].cond_stage_model.parameters())
+
+
 def test_text_fingerprint_follows_the_weights_and_the_state(
     host: ModuleType, checkpoint: Any
 ) -> None:
@@ -415,6 +447,41 @@ def test_context_map_survives_deepcopy_and_chains(host: ModuleType, checkpoint: 
     torch.testing.assert_close(sample(mapped.patcher, clip), sample(model, clip), rtol=0, atol=1e-4)
 
 
+# --- images ---
+
+
+def test_pictures_and_latents(host: ModuleType, checkpoint: Any) -> None:
+    vae = checkpoint[2]
+    decoder = host.ComfyImageDecoder(vae)
+    latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(False), torch.enable_grad():
+        images = decoder.decode(latent)
+        assert not images.is_inference() and not images.requires_grad
+    assert images.shape == (2, 64, 64, 3) and images.dtype == torch.float32
+    torch.testing.assert_close(images, vae.decode(latent), rtol=0, atol=1e-5)
+    assert float(images.min()) >= 0 and float(images.max()) <= 1
+
+
+def test_encoding_needs_an_encoder(host: ModuleType, checkpoint: Any) -> None:
+    """The demo model's is all zeros; with weights, it is the host's own encoding."""
+    vae = checkpoint[2]
+    decoder = host.ComfyImageDecoder(vae)
+    images = torch.rand(1, 32, 48, 4, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="can only decode"):
+        decoder.encode(images)
+    encoder = vae.first_stage_model.taesd_encoder
+    zeros = copy.deepcopy(encoder.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in encoder.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        latent = decoder.encode(images)
+        assert latent.shape == (1, 4, 4, 6) and float(latent.abs().max()) > 0
+        assert torch.equal(latent, vae.encode(images[..., :3]))
+    finally:
+        encoder.load_state_dict(zeros)
+
+
 # --- progress ---
 
 
@@ -439,3 +506,29 @@ def test_interrupt_arrives_in_report_and_check(host: ModuleType) -> None:
         with pytest.raises(interrupted):
             call()
         call()  # the flag is spent
+
+
+def test_previews_and_lines_go_to_the_node(
+    host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        comfy.utils,
+        "PROGRESS_BAR_HOOK",
+        lambda done, total, preview=None, node_id=None: seen.append(
+            (done, total, preview, node_id)
+        ),
+    )
+    lines: list[tuple[str, str]] = []
+    monkeypatch.setattr(host, "show_text", lambda node, text: lines.append((node, text)))
+    progress = host.ComfyProgress("7")
+    progress.report(2, 10)
+    picture = torch.zeros(16, 24, 3)
+    picture[..., 0] = 1.0
+    progress.preview(picture)
+    done, total, (kind, image, limit), node = seen[-1]
+    assert (done, total, node, kind) == (2, 10, "7", "JPEG") and limit > 0
+    assert image.size == (24, 16) and image.getpixel((3, 3)) == (255, 0, 0)
+    for step in range(1000):
+        progress.status(f"step {step}")
+    assert lines[0] == ("7", "step 0") and len(lines) < 50
