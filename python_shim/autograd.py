@@ -11,20 +11,15 @@ import torch
 def usable_for_autograd(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers in the same memory, as a tensor that autograd may keep for backward.
 
-    Hosts load models under inference mode, and autograd refuses tensors made there. Never write to
-    the result.
+    Hosts load models under inference mode, and autograd refuses tensors made there. To be called
+    outside of it. Never write to the result.
     """
     detached = tensor.detach()
     if not detached.is_inference():
         return detached
-    with torch.inference_mode(False), torch.no_grad():
-        empty = torch.empty(0, dtype=detached.dtype, device=detached.device)
-        return empty.set_(
-            detached.untyped_storage(),
-            detached.storage_offset(),
-            detached.size(),
-            detached.stride(),
-        )
+    alias = torch.empty(0, dtype=detached.dtype, device=detached.device)
+    storage, offset = detached.untyped_storage(), detached.storage_offset()
+    return alias.set_(storage, offset, detached.size(), detached.stride())
 
 
 def leave_inference_mode(tensor: torch.Tensor) -> torch.Tensor:

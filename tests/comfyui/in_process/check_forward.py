@@ -17,6 +17,7 @@ import comfy.sd
 import pytest
 import torch
 from check_adapters import SMALL_SD2, SMALL_SDXL, conditioning, lora, random_clip, random_unet
+from comfy.model_sampling import V_PREDICTION
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -148,7 +149,7 @@ def test_gradients(denoiser: Any, asked: list[Any]) -> None:
                 noisy / (level**2 + 1).sqrt(), model.model_sampling.timestep(sigma),
                 context=context, transformer_options=dict(patches), **conditions,
             )  # fmt: skip
-            if type(model.model_sampling).__mro__[1:] and is_v(model):
+            if isinstance(model.model_sampling, V_PREDICTION):
                 return noisy / (level**2 + 1) - out * level / (level**2 + 1).sqrt()
             return noisy - level * out
 
@@ -160,12 +161,6 @@ def test_gradients(denoiser: Any, asked: list[Any]) -> None:
     checks.check_same_gradients(ours, expected)
 
 
-def is_v(model: Any) -> bool:
-    from comfy.model_sampling import V_PREDICTION
-
-    return isinstance(model.model_sampling, V_PREDICTION)
-
-
 def test_exceptions(denoiser: Any, asked: list[Any]) -> None:
     def options() -> str:
         return repr(denoiser.patcher.model_options) + repr(denoiser.patcher.model.current_patcher)
@@ -173,3 +168,59 @@ def test_exceptions(denoiser: Any, asked: list[Any]) -> None:
     checks.check_exceptions(denoiser, asked, unet(denoiser), options)
     with training():
         checks.check_exceptions(denoiser, asked, unet(denoiser), options)
+
+
+def test_the_model_is_loaded_when_it_has_to_be(
+    host: ModuleType, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    load = comfy.model_management.load_models_gpu
+    monkeypatch.setattr(
+        comfy.model_management,
+        "load_models_gpu",
+        lambda models, *args, **options: loaded.extend(models) or load(models, *args, **options),
+    )
+    plain = host.ComfyDenoiser(checkpoint[0].clone())
+    deltas = [(name, torch.ones(320, 768) * 0.01, None) for name, *_ in plain.cross_attention()]
+    edited = plain.with_weight_deltas(deltas, 1.0)
+    asked = checks.request(plain, host.ComfyTextEncoder(checkpoint[1]).embed)
+    loaded.clear()
+    first, changed = plain.denoise(*asked, None, False), edited.denoise(*asked, None, False)
+    assert loaded == [plain.patcher, edited.patcher] and not torch.allclose(first, changed)
+    for _ in range(3):
+        assert torch.equal(edited.denoise(*asked, None, False), changed)
+    assert len(loaded) == 2
+    assert torch.equal(plain.denoise(*asked, None, False), first)
+
+
+def test_another_replacement_of_the_attention_is_refused(host: ModuleType, checkpoint: Any) -> None:
+    model = checkpoint[0].clone()
+    model.set_model_attn2_replace(lambda q, k, v, _: 0 * q, "input", 1)
+    denoiser = host.ComfyDenoiser(model)
+    asked = checks.request(denoiser, host.ComfyTextEncoder(checkpoint[1]).embed)
+    with pytest.raises(ValueError, match="Another node replaces"):
+        denoiser.denoise(*asked, checks.PlainAttention(), False)
+    replaced = denoiser.denoise(*asked, None, False)
+    plain = host.ComfyDenoiser(checkpoint[0]).denoise(*asked, None, False)
+    assert not torch.allclose(replaced, plain), "without a tap it stays in force"
+
+
+def test_what_cannot_be_trained_through_is_named(host: ModuleType, checkpoint: Any) -> None:
+    """A weight that another pack made in inference mode and put into the forward pass."""
+    foreign = torch.full((320,), 1.01)
+    model = checkpoint[0].clone()
+    model.set_model_attn1_output_patch(lambda n, _: n * foreign)
+    denoiser = host.ComfyDenoiser(model)
+    asked = checks.request(denoiser, host.ComfyTextEncoder(checkpoint[1]).embed)
+    assert denoiser.denoise(*asked, None, False).isfinite().all()
+    with training(), pytest.raises(ValueError, match="cannot be trained through"):
+        checks.tapped_gradients(denoiser, asked, asked[0], checks.layers_of(denoiser))
+
+
+def test_sdxl_needs_the_clip_of_sdxl(denoiser: Any, asked: list[Any]) -> None:
+    noisy, sigma, context, pooled = asked
+    if pooled is None:
+        assert denoiser.denoise(noisy, sigma, context, torch.ones(2, 7), None, False) is not None
+        return
+    with pytest.raises(ValueError, match="the CLIP is not"):
+        denoiser.denoise(noisy, sigma, context, None, None, False)
