@@ -263,4 +263,4 @@ def test_every_source_names_its_licence() -> None:
 
 def test_schemas_are_plain_json(pack) -> None:
     ids = [node["id"] for node in json.loads(pack.schemas())]
-    assert ids == ["LacunaConceptSet", "LacunaAttentionRefine"]
+    assert ids[:3] == ["LacunaConceptSet", "LacunaAttentionRefine", "LacunaSaveLoRA"]
