@@ -56,8 +56,8 @@ $(VENV)/.host-packages: $(VENV)/.packages tests/comfyui/requirements.txt tests/c
 
 bench: module
 	$(VENV)/bin/cmake -S . -B build -DLACUNA_BENCHMARKS=ON > build/configure.log
-	$(VENV)/bin/cmake --build build -j $(JOBS) --target lacuna_bench_closed_form
-	$(PY) benchmarks/run.py --binary build/benchmarks/lacuna_bench_closed_form
+	$(VENV)/bin/cmake --build build -j $(JOBS) --target lacuna_bench_closed_form lacuna_bench_fusion
+	$(PY) benchmarks/run.py --binaries build/benchmarks
 
 CXX_FILES = $(shell git ls-files 'native/*.h' 'native/*.cpp' 'nodes/*.h' 'nodes/*.cpp' 'plugin/*.h' 'plugin/*.cpp' \
               'tests/*.h' 'tests/*.cpp' 'benchmarks/*.cpp')

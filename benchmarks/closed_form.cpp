@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "lacuna/attention_projection.h"
+#include "lacuna/error.h"
 #include "lacuna/lora_export.h"
 #include "lacuna/low_rank.h"
 #include "lacuna/refinement.h"
@@ -88,11 +89,17 @@ class BenchModel : public Denoiser {
                                              double) override {
     return nullptr;
   }
+  at::Tensor noise_levels() override { throw unused(); }
+  std::vector<int64_t> latent_shape(int64_t, int64_t) override { throw unused(); }
+  at::Tensor to_host_latent(const at::Tensor&) override { throw unused(); }
+  at::Tensor from_host_latent(const at::Tensor&) override { throw unused(); }
+  at::Tensor denoise(const DenoiseRequest&, AttentionTap*) override { throw unused(); }
   at::Tensor sample(const SamplingRequest&, const std::function<void(int64_t, int64_t)>&) override {
-    return {};
+    throw unused();
   }
 
  private:
+  static Error unused() { return Error("not part of this benchmark"); }
   std::vector<AttentionProjection> projections_;
   std::map<std::string, at::Tensor> weights_;
 };

@@ -21,13 +21,32 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 CASES = [("sd1", 1), ("sd1", 10), ("sd1", 100), ("sdxl", 1), ("sdxl", 10), ("sdxl", 100)]
+FUSION_CASES = [1, 10, 100]
+
+
+def run_binary(binary: Path, *arguments: str) -> dict:
+    output = subprocess.run([binary, *arguments], check=True, capture_output=True, text=True).stdout
+    return json.loads(output)
 
 
 def run_closed_form(binary: Path, family: str, concepts: int) -> dict:
-    output = subprocess.run(
-        [binary, family, str(concepts)], check=True, capture_output=True, text=True
-    ).stdout
-    return json.loads(output)[f"n{concepts}"]
+    return run_binary(binary, family, str(concepts))[f"n{concepts}"]
+
+
+def run_fusion(binary: Path) -> dict:
+    fusion: dict = {}
+    for concepts in FUSION_CASES:
+        figures = run_binary(binary, str(concepts))[f"n{concepts}"]
+        fusion[f"n{concepts}"] = figures
+        print(
+            f"fusion {concepts:3d} concepts: {figures['cpu_s']:.2f} CPU s, "
+            f"+{figures['peak_extra_mb']:.0f} MB ({figures['bundle_mb']:.0f} MB bundle), add one "
+            f"{figures['add_one_cpu_ms']:.0f} CPU ms, strength "
+            f"{figures['strength_cpu_ms']:.0f} CPU ms, error {figures['rel_error_of_change']:.1e}",
+            flush=True,
+        )
+    fusion["add_one_ms"] = fusion[f"n{FUSION_CASES[-1]}"]["add_one_cpu_ms"]
+    return fusion
 
 
 def import_ms() -> float:
@@ -71,7 +90,7 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--binary", type=Path, required=True)
+    parser.add_argument("--binaries", type=Path, required=True, help="folder of the built binaries")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "build" / "bench.json")
     parser.add_argument("--quick", action="store_true", help="SD1.x with 1 and 10 concepts only")
     arguments = parser.parse_args()
@@ -79,7 +98,7 @@ def main() -> None:
     closed_form: dict[str, dict] = {}
     for family, concepts in CASES[:2] if arguments.quick else CASES:
         started = time.time()
-        figures = run_closed_form(arguments.binary, family, concepts)
+        figures = run_closed_form(arguments.binaries / "lacuna_bench_closed_form", family, concepts)
         closed_form.setdefault(family, {})[f"n{concepts}"] = figures
         print(
             f"{family} {concepts:3d} concepts: {figures['cpu_s']:.2f} CPU s, naive "
@@ -100,6 +119,7 @@ def main() -> None:
             "command": "make bench",
         },
         "closed_form": closed_form,
+        "fusion": run_fusion(arguments.binaries / "lacuna_bench_fusion"),
         "host": {"import_ms": import_ms()},
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,13 @@ class Node {
   virtual const NodeSchema& schema() const = 0;
   // Checks what can be known before anything runs; linked inputs are absent. Throws Error.
   virtual void validate(const NodeInputs& constants) const { (void)constants; }
+  // What a result depends on besides its inputs: for nodes that read files (schema: reads_files),
+  // the state of the file, cheap to tell. A host that keeps results compares it. Linked inputs are
+  // absent.
+  virtual std::string outside_state(const NodeInputs& constants) const {
+    (void)constants;
+    return "";
+  }
   virtual NodeResult run(const NodeInputs& inputs, Progress& progress) = 0;
 };
 

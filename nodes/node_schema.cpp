@@ -23,6 +23,7 @@ std::string to_json(const std::vector<NodeSchema>& schemas) {
     node["category"] = schema.category;
     node["search_aliases"] = schema.search_aliases;
     node["output_node"] = schema.output_node;
+    node["reads_files"] = schema.reads_files;
     node["inputs"] = ordered_json::array();
     for (const InputSpec& input : schema.inputs) {
       ordered_json entry;

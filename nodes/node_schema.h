@@ -66,6 +66,7 @@ struct NodeSchema {
   bool output_node = false;
   std::vector<InputSpec> inputs = {};
   std::vector<OutputSpec> outputs = {};
+  bool reads_files = false;  // ask the node for its outside_state before a kept result is used
 };
 
 const InputSpec* find_input(const NodeSchema& schema, const std::string& id);

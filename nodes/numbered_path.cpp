@@ -10,16 +10,22 @@ namespace lacuna {
 
 namespace fs = std::filesystem;
 
+std::string path_within(const std::string& folder, const std::string& name) {
+  const fs::path relative = fs::path(name).lexically_normal();
+  if (name.empty() || relative.is_absolute() || relative.has_root_name() ||
+      relative.begin()->string() == "..") {
+    throw Error("'" + name + "' leaves the output folder; use a plain file name");
+  }
+  return (fs::path(folder) / relative).string();
+}
+
 std::string numbered_path(const std::string& folder, const std::string& prefix,
                           const std::string& extension) {
-  const fs::path relative = fs::path(prefix).lexically_normal();
-  if (prefix.empty() || relative.is_absolute() || relative.begin()->string() == "..") {
-    throw Error("'" + prefix + "' leaves the output folder; use a plain file name prefix");
-  }
+  const std::string stem = path_within(folder, prefix);
   for (int counter = 1; counter < 100'000; ++counter) {
     char suffix[16];
     std::snprintf(suffix, sizeof suffix, "_%05d_", counter);
-    const fs::path path = fs::path(folder) / (relative.string() + suffix + extension);
+    const fs::path path = stem + suffix + extension;
     std::error_code ignored;
     if (!fs::exists(path, ignored)) return path.string();
   }

@@ -5,6 +5,9 @@
 
 namespace lacuna {
 
+// "<folder>/<name>". Throws Error when that leaves the folder.
+std::string path_within(const std::string& folder, const std::string& name);
+
 // The next free "<folder>/<prefix>_00001_<extension>", as ComfyUI numbers its files. Throws Error
 // when the prefix leaves the folder.
 std::string numbered_path(const std::string& folder, const std::string& prefix,

@@ -27,11 +27,12 @@ class NodePack {
 
   void validate(const std::string& id, const py::dict& constants) const {
     const Node& node = registry_.at(id);
-    std::set<std::string> linked;  // what is not constant comes through a link
-    for (const InputSpec& input : node.schema().inputs) {
-      if (!constants.contains(input.id)) linked.insert(input.id);
-    }
-    node.validate(read_inputs(node.schema(), constants, linked));
+    node.validate(read_constants(node.schema(), constants));
+  }
+
+  std::string outside_state(const std::string& id, const py::dict& constants) const {
+    const Node& node = registry_.at(id);
+    return node.outside_state(read_constants(node.schema(), constants));
   }
 
   py::list run(const std::string& id, const py::dict& values, py::object host_progress) {
@@ -74,6 +75,14 @@ class NodePack {
   }
 
  private:
+  static NodeInputs read_constants(const NodeSchema& schema, const py::dict& constants) {
+    std::set<std::string> linked;  // what is not constant comes through a link
+    for (const InputSpec& input : schema.inputs) {
+      if (!constants.contains(input.id)) linked.insert(input.id);
+    }
+    return read_inputs(schema, constants, linked);
+  }
+
   static NodeInputs read_inputs(const NodeSchema& schema, const py::dict& values,
                                 const std::set<std::string>& linked = {}) {
     std::map<std::string, Value> inputs;
@@ -113,6 +122,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def("schemas", &NodePack::schemas, "JSON list of node schemas.")
       .def("validate", &NodePack::validate, py::arg("node_id"), py::arg("constants"),
            "Checks widget values; raises LacunaError.")
+      .def("outside_state", &NodePack::outside_state, py::arg("node_id"), py::arg("constants"),
+           "What the result depends on besides inputs, e.g. the date of a file.")
       .def("run", &NodePack::run, py::arg("node_id"), py::arg("inputs"),
            py::arg("progress") = py::none(), "Runs one node; returns its outputs in schema order.")
       .def_static("run_workflow", &NodePack::run_workflow, py::arg("workflow_json"),

@@ -119,6 +119,15 @@ def _validator(spec: JSON) -> classmethod:
     return classmethod(validate_inputs)
 
 
+def _file_state(spec: JSON) -> classmethod:
+    def fingerprint_inputs(_cls: type, **constants: Any) -> str:
+        # ComfyUI runs the node again when this changes, e.g. because the file was replaced.
+        given = {name: value for name, value in constants.items() if value is not None}
+        return _pack().outside_state(spec["id"], given)
+
+    return classmethod(fingerprint_inputs)
+
+
 def _executor(spec: JSON) -> classmethod:
     input_types = {item["id"]: item["type"] for item in spec["inputs"]}
 
@@ -149,6 +158,8 @@ def _node_class(spec: JSON) -> type[io.ComfyNode]:
         "validate_inputs": _validator(spec),
         "execute": _executor(spec),
     }
+    if spec["reads_files"]:
+        body["fingerprint_inputs"] = _file_state(spec)
     return type(spec["id"], (io.ComfyNode,), body)
 
 

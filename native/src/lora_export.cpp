@@ -2,11 +2,17 @@
 #include "lacuna/lora_export.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/linalg_qr.h>
+#include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
+#include <tuple>
 
 #include "lacuna/error.h"
 
@@ -19,12 +25,75 @@ at::Tensor matmul_on_device(const at::Tensor& weight, const at::Tensor& right) {
   const at::Tensor w = weight.detach().to(at::kFloat);
   return at::matmul(w, right.to(w.device(), at::kFloat)).to(at::kCPU);
 }
+
+// The pair of a projection that has one; throws Error when it does not fit the weight.
+const LowRankPair* pair_of(const ErasurePatch& patch, const AttentionProjection& projection,
+                           const at::Tensor& weight) {
+  const auto it = patch.pairs.find(projection.lora_name);
+  if (it == patch.pairs.end()) return nullptr;
+  const LowRankPair& pair = it->second;
+  if (pair.b.size(0) != weight.size(0) || pair.r.size(0) != weight.size(1)) {
+    throw Error("the LoRAs do not fit the model's weight '" + projection.name +
+                "'; connect the model they were trained on");
+  }
+  return &pair;
+}
+
+// W D over the shared directions: as many as it takes, at most `limit`.
+class SharedPart {
+ public:
+  SharedPart(const at::Tensor& delta, const SharedFactorization& factors, int64_t limit)
+      : delta_(delta) {
+    const std::optional<int64_t> rank =
+        factors.edit_norm() > 0.0 ? factors.rank_for(kExact) : std::optional<int64_t>(0);
+    exact_ = rank && *rank <= limit;
+    rank_ = exact_ ? *rank : std::min(limit, factors.max_rank());
+    down_ = factors.down(rank_);
+    edited_ = at::matmul(delta, down_.transpose(0, 1));
+    left_out_ = exact_ ? 0.0 : factors.residual(rank_) * factors.edit_norm();
+  }
+
+  bool exact() const { return exact_; }
+  int64_t rank() const { return rank_; }
+  const at::Tensor& down() const { return down_; }      // [rank, d]
+  const at::Tensor& edited() const { return edited_; }  // D down^T, [d, rank]
+  // Norm, over all projections, of what is left out.
+  double left_out() const { return left_out_; }
+  // (D - D V V^T) x for columns x.
+  at::Tensor remainder(const at::Tensor& x) const {
+    return at::matmul(delta_, x) - at::matmul(edited_, at::matmul(down_, x));
+  }
+
+ private:
+  at::Tensor delta_;
+  bool exact_ = true;
+  int64_t rank_ = 0;
+  at::Tensor down_;
+  at::Tensor edited_;
+  double left_out_ = 0.0;
+};
+
+// Gives both factors of every rank-one part the same size: float16 keeps eleven bits between 6e-5
+// and 65504.
+void balance(at::Tensor& up, at::Tensor& down) {
+  const at::Tensor up_norm = up.norm(2, 0);
+  const at::Tensor down_norm = down.norm(2, 1);
+  const at::Tensor usable = up_norm.gt(0).logical_and(down_norm.gt(0));
+  const at::Tensor factor = (down_norm / up_norm).sqrt().masked_fill(usable.logical_not(), 1.0);
+  up = up * factor.unsqueeze(0);
+  down = down / factor.unsqueeze(1);
+}
+
+double sum_of_products(const at::Tensor& a, const at::Tensor& b) {
+  return (a * b).sum().item<double>();
+}
 }  // namespace
 
 LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& projections,
                        const at::Tensor& delta, const SharedFactorization& factors,
                        int64_t rank_limit, double strength, Progress& progress) {
   LoraExport out;
+  out.edit_norm = std::abs(strength) * factors.edit_norm();
   out.rank = std::min(rank_limit, factors.rank_for(kExact).value_or(factors.max_rank()));
   out.residual = factors.residual(out.rank);
   const at::Tensor down = factors.down(out.rank);
@@ -74,6 +143,113 @@ std::vector<WeightDelta> weight_deltas(Denoiser& model,
     const bool low_rank = rank && *rank * (out + d) < out * d;
     deltas.push_back({projection.name, matmul_on_device(weight, low_rank ? edited : delta),
                       low_rank ? down : at::Tensor()});
+  }
+  return deltas;
+}
+
+LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& projections,
+                       const ErasurePatch& patch, const SharedFactorization& factors,
+                       int64_t rank_limit, double strength, Progress& progress) {
+  if (patch.pairs.empty()) {
+    return export_lora(model, projections, patch.delta, factors, rank_limit, strength, progress);
+  }
+  const SharedPart shared(patch.delta, factors, 2 * rank_limit);
+  LoraExport out;
+  double whole = shared.left_out() * shared.left_out();  // squared norms
+  double lost = whole;
+  for (const AttentionProjection& projection : projections) {
+    progress.check();
+    const at::Tensor weight = model.effective_weight(projection.name);
+    const LowRankPair* pair = pair_of(patch, projection, weight);
+    const bool edits = patch.edits(projection) && shared.rank() > 0;
+    std::vector<at::Tensor> ups;
+    std::vector<at::Tensor> downs;
+    if (edits) {
+      ups.push_back(matmul_on_device(weight, shared.edited()).to(at::kDouble));
+      downs.push_back(shared.down());
+    }
+    if (pair != nullptr) {
+      ups.push_back(pair->b.to(at::kCPU, at::kDouble));
+      downs.push_back(pair->r.to(at::kCPU, at::kDouble).transpose(0, 1));
+    }
+    if (ups.empty()) continue;
+    at::Tensor up = at::cat(ups, 1);
+    at::Tensor down = at::cat(downs, 0);
+    whole +=
+        sum_of_products(at::matmul(up.transpose(0, 1), up), at::matmul(down, down.transpose(0, 1)));
+    if (up.size(1) > rank_limit) {
+      const auto [up_basis, up_mix] = at::linalg_qr(up);
+      const auto [down_basis, down_mix] = at::linalg_qr(down.transpose(0, 1));
+      const auto [u, s, vh] =
+          at::linalg_svd(at::matmul(up_mix, down_mix.transpose(0, 1)), /*full_matrices=*/false);
+      const int64_t rank = std::min(rank_limit, s.size(0));
+      up = at::matmul(up_basis, u.narrow(1, 0, rank) * s.narrow(0, 0, rank).unsqueeze(0));
+      down = at::matmul(vh.narrow(0, 0, rank), down_basis.transpose(0, 1));
+      lost += s.narrow(0, rank, s.size(0) - rank).square().sum().item<double>();
+    }
+    if (edits && !shared.exact()) {
+      // What the shared part left out is orthogonal to that part, but not to the pairs.
+      double with_pair = 0.0;
+      if (pair != nullptr) {
+        with_pair = sum_of_products(
+            ups.back(), matmul_on_device(weight, shared.remainder(downs.back().transpose(0, 1)))
+                            .to(at::kDouble));
+      }
+      const double with_result = sum_of_products(
+          up, matmul_on_device(weight, shared.remainder(down.transpose(0, 1))).to(at::kDouble));
+      whole += 2.0 * with_pair;
+      lost += 2.0 * (with_pair - with_result);
+    }
+    up = up * strength;
+    balance(up, down);
+    const std::string& name = projection.lora_name;
+    out.tensors[name + ".lora_up.weight"] = up.to(at::kHalf).contiguous();
+    out.tensors[name + ".lora_down.weight"] = down.to(at::kHalf).contiguous();
+    out.tensors[name + ".alpha"] =
+        at::scalar_tensor(static_cast<double>(up.size(1)), at::TensorOptions(at::kHalf));
+    out.rank = std::max(out.rank, up.size(1));
+  }
+  out.edit_norm = std::abs(strength) * std::sqrt(std::max(0.0, whole));
+  out.residual = whole > 0.0 ? std::sqrt(std::max(0.0, lost) / whole) : 0.0;
+  return out;
+}
+
+std::vector<WeightDelta> weight_deltas(Denoiser& model,
+                                       const std::vector<AttentionProjection>& projections,
+                                       const ErasurePatch& patch,
+                                       const SharedFactorization& factors, Progress& progress) {
+  if (patch.pairs.empty()) {
+    return weight_deltas(model, projections, patch.delta, factors, progress);
+  }
+  const SharedPart shared(patch.delta, factors, factors.max_rank());
+  std::vector<WeightDelta> deltas;
+  for (const AttentionProjection& projection : projections) {
+    progress.check();
+    const at::Tensor weight = model.effective_weight(projection.name);
+    const LowRankPair* pair = pair_of(patch, projection, weight);
+    const bool edits = patch.edits(projection) && (!shared.exact() || shared.rank() > 0);
+    if (pair == nullptr && !edits) continue;
+    const int64_t rows = weight.size(0);
+    const int64_t d = weight.size(1);
+    const int64_t rank = (edits ? shared.rank() : 0) + (pair == nullptr ? 0 : pair->r.size(1));
+    if ((!edits || shared.exact()) && rank * (rows + d) < rows * d) {
+      std::vector<at::Tensor> ups;
+      std::vector<at::Tensor> downs;
+      if (edits) {
+        ups.push_back(matmul_on_device(weight, shared.edited()));
+        downs.push_back(shared.down().to(at::kFloat));
+      }
+      if (pair != nullptr) {
+        ups.push_back(pair->b.to(at::kCPU, at::kFloat));
+        downs.push_back(pair->r.to(at::kCPU, at::kFloat).transpose(0, 1));
+      }
+      deltas.push_back({projection.name, at::cat(ups, 1), at::cat(downs, 0)});
+    } else {
+      deltas.push_back(
+          {projection.name,
+           weight_change(patch, projection, weight.detach().to(at::kFloat)).to(at::kCPU),
+           {}});
+    }
   }
   return deltas;
 }

@@ -197,6 +197,83 @@ std::string cache_key(const std::string& fingerprint, const PreservedPhrase& ite
          std::to_string(item.templates) + '\n' + item.phrase;
 }
 
+// What must stay, in two steps: the constructor takes what the cache knows and announces the rest,
+// prior() and preserve() encode that.
+class KeptTextCollector {
+ public:
+  KeptTextCollector(TextEncoder& encoder, BatchEncoder& batches,
+                    const std::vector<PreservedPhrase>& preserve, GeneralPriorSize general_prior,
+                    const std::vector<std::string>& erased, StatisticsCache* cache)
+      : encoder_(encoder),
+        batches_(batches),
+        cache_(cache),
+        fingerprint_(encoder.fingerprint()),
+        general_prior_(general_prior),
+        unwanted_(captions_naming(general_prior, erased)),
+        preserve_(at::zeros({encoder.width(), encoder.width()}, at::kDouble)) {
+    for (const PreservedPhrase& item : preserve) {
+      const TextStatistics* known =
+          cache == nullptr ? nullptr : cache->find(cache_key(fingerprint_, item));
+      if (known != nullptr) {
+        preserve_.add_(known->kept);
+        continue;
+      }
+      to_encode_.push_back(&item);
+      batches_.expect(BatchEncoder::batches(item.templates));
+    }
+    prior_key_ = fingerprint_ + "\nprior\n" + std::string(to_string(general_prior));
+    for (const std::string& caption : unwanted_) prior_key_ += '\n' + caption;
+    const TextStatistics* known = cache == nullptr ? nullptr : cache->find(prior_key_);
+    if (known != nullptr) {
+      prior_ = known->kept;
+    } else {
+      batches_.expect(BatchEncoder::batches(static_cast<int64_t>(unwanted_.size())));
+    }
+  }
+
+  // [d, d], without the captions that name something erased.
+  at::Tensor prior(Progress& progress) {
+    if (prior_.defined()) return prior_;
+    prior_ = general_prior_gram(encoder_, general_prior_, progress);
+    if (!unwanted_.empty()) {
+      const int64_t d = encoder_.width();
+      StatisticsAccumulator sums(d);
+      sums.add_kept(batches_.encode(unwanted_).reshape({-1, d}));
+      prior_.sub_(sums.finish().kept,
+                  1.0 / static_cast<double>(generic_captions(general_prior_).size()));
+    }
+    if (cache_ != nullptr && general_prior_ != GeneralPriorSize::kNone) {
+      TextStatistics statistics = TextStatistics::zeros(encoder_.width());
+      statistics.kept = prior_;
+      cache_->insert(prior_key_, std::move(statistics));
+    }
+    return prior_;
+  }
+
+  // [d, d]
+  at::Tensor preserve() {
+    for (const PreservedPhrase* item : to_encode_) {
+      TextStatistics statistics = collect_preserved(encoder_, batches_, *item);
+      preserve_.add_(statistics.kept);
+      if (cache_ != nullptr) cache_->insert(cache_key(fingerprint_, *item), std::move(statistics));
+    }
+    to_encode_.clear();
+    return preserve_;
+  }
+
+ private:
+  TextEncoder& encoder_;
+  BatchEncoder& batches_;
+  StatisticsCache* cache_;
+  std::string fingerprint_;
+  GeneralPriorSize general_prior_;
+  std::vector<std::string> unwanted_;  // captions
+  std::string prior_key_;
+  std::vector<const PreservedPhrase*> to_encode_;
+  at::Tensor preserve_;
+  at::Tensor prior_;
+};
+
 void check_range(double value, double low, double high, const char* name) {
   if (!(value >= low && value <= high)) {
     throw Error("'" + std::string(name) + "' must be between " + std::to_string(low) + " and " +
@@ -266,23 +343,20 @@ void StatisticsCache::insert(const std::string& key, TextStatistics statistics) 
 RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
                                   const RefinementOptions& options, StatisticsCache* cache,
                                   Progress& progress) {
-  const int64_t d = encoder.width();
   const std::string fingerprint = encoder.fingerprint();
   if (fingerprint.empty()) cache = nullptr;
-  const auto cached = [&](const std::string& key) {
-    return cache == nullptr ? nullptr : cache->find(key);
-  };
-
-  RefinementProblem problem;
-  problem.prior = general_prior_gram(encoder, set.general_prior, progress);
 
   Tokens tokens(encoder);
   BatchEncoder batches(encoder, progress);
   AnchorEmbeddings anchors(batches);
   std::vector<const Concept*> to_encode;
-  TextStatistics sum = TextStatistics::zeros(d);
+  TextStatistics sum = TextStatistics::zeros(encoder.width());
+  std::vector<std::string> erased;
   for (const Concept& item : set.concepts) {
-    if (const TextStatistics* known = cached(cache_key(fingerprint, item, options))) {
+    for (std::string& phrase : phrases(item)) erased.push_back(std::move(phrase));
+    const TextStatistics* known =
+        cache == nullptr ? nullptr : cache->find(cache_key(fingerprint, item, options));
+    if (known != nullptr) {
       sum.add(*known);
       continue;
     }
@@ -291,44 +365,31 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
     batches.expect(BatchEncoder::batches(item.templates) *
                    static_cast<int64_t>(phrases(item).size()));
   }
-  at::Tensor preserve = at::zeros({d, d}, at::kDouble);
-  std::vector<const PreservedPhrase*> preserve_to_encode;
-  for (const PreservedPhrase& item : set.preserve) {
-    if (const TextStatistics* known = cached(cache_key(fingerprint, item))) {
-      preserve.add_(known->kept);
-      continue;
-    }
-    preserve_to_encode.push_back(&item);
-    batches.expect(BatchEncoder::batches(item.templates));
-  }
+  KeptTextCollector kept(encoder, batches, set.preserve, set.general_prior, erased, cache);
 
-  std::vector<std::string> erased;
-  for (const Concept& item : set.concepts) {
-    for (std::string& phrase : phrases(item)) erased.push_back(std::move(phrase));
-  }
-  const std::vector<std::string> unwanted = captions_naming(set.general_prior, erased);
-  batches.expect(BatchEncoder::batches(static_cast<int64_t>(unwanted.size())));
-
-  if (!unwanted.empty()) {
-    StatisticsAccumulator sums(d);
-    sums.add_kept(batches.encode(unwanted).reshape({-1, d}));
-    problem.prior.sub_(sums.finish().kept,
-                       1.0 / static_cast<double>(generic_captions(set.general_prior).size()));
-  }
+  RefinementProblem problem;
+  problem.prior = kept.prior(progress);
   for (const Concept* item : to_encode) {
     TextStatistics statistics = collect_concept(encoder, tokens, batches, anchors, *item, options);
     sum.add(statistics);
     if (cache != nullptr)
       cache->insert(cache_key(fingerprint, *item, options), std::move(statistics));
   }
-  for (const PreservedPhrase* item : preserve_to_encode) {
-    TextStatistics statistics = collect_preserved(encoder, batches, *item);
-    preserve.add_(statistics.kept);
-    if (cache != nullptr) cache->insert(cache_key(fingerprint, *item), std::move(statistics));
-  }
   problem.concepts = std::move(sum);
-  problem.preserve = std::move(preserve);
+  problem.preserve = kept.preserve();
   return problem;
+}
+
+KeptText collect_kept_text(TextEncoder& encoder, const std::vector<PreservedPhrase>& preserve,
+                           GeneralPriorSize general_prior, const std::vector<std::string>& erased,
+                           StatisticsCache* cache, Progress& progress) {
+  if (encoder.fingerprint().empty()) cache = nullptr;
+  BatchEncoder batches(encoder, progress);
+  KeptTextCollector kept(encoder, batches, preserve, general_prior, erased, cache);
+  KeptText text;
+  text.prior = kept.prior(progress);
+  text.preserve = kept.preserve();
+  return text;
 }
 
 Refinement solve_refinement(const RefinementProblem& problem, const RefinementOptions& options,

@@ -59,6 +59,22 @@ def test_the_committed_schemas_are_those_of_the_binary(pack) -> None:
     assert committed == pack.schemas(), "run `make schemas`"
 
 
+def test_a_replaced_file_is_noticed(native, tmp_path: Path) -> None:
+    pack = native.NodePack(str(tmp_path))
+
+    def state(constants: dict) -> str:
+        return pack.outside_state("LacunaLoadBundle", constants)
+
+    assert state({"file": "a.safetensors"}) == "absent"
+    (tmp_path / "a.safetensors").write_bytes(b"1")
+    first = state({"file": "a.safetensors"})
+    (tmp_path / "a.safetensors").write_bytes(b"22")
+    assert state({"file": "a.safetensors"}) not in ("absent", first)
+    assert state({}) == ""  # a link: not known yet
+    with pytest.raises(native.LacunaError, match="leaves the output folder"):
+        state({"file": "../a.safetensors"})
+
+
 def test_values_cross_both_ways(pack) -> None:
     model = FakeDenoiser()
     before = {name: weight.clone() for name, weight in model.weights.items()}

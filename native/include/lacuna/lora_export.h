@@ -18,7 +18,8 @@ namespace lacuna {
 struct LoraExport {
   std::map<std::string, at::Tensor> tensors;
   int64_t rank = 0;
-  double residual = 0.0;  // relative Frobenius distance to the patch before float16 rounding
+  double residual = 0.0;   // relative Frobenius distance to the patch before float16 rounding
+  double edit_norm = 0.0;  // Frobenius norm of the whole edit over all projections
 };
 
 // strength multiplies the edit; rank_limit bounds the rank; the rank is lower where that is exact.
@@ -32,5 +33,17 @@ std::vector<WeightDelta> weight_deltas(Denoiser& model,
                                        const std::vector<AttentionProjection>& projections,
                                        const at::Tensor& delta, const SharedFactorization& factors,
                                        Progress& progress);
+
+// The same for patches with low-rank pairs: shared factor and pairs of a projection are put side by
+// side, exactly where the rank limit allows, else reduced to it by QR of both factors and a small
+// SVD, projection by projection. `factors` are those of patch.delta over the edited projections;
+// about twice rank_limit directions are enough. LoraExport::rank is the largest rank used.
+LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& projections,
+                       const ErasurePatch& patch, const SharedFactorization& factors,
+                       int64_t rank_limit, double strength, Progress& progress);
+std::vector<WeightDelta> weight_deltas(Denoiser& model,
+                                       const std::vector<AttentionProjection>& projections,
+                                       const ErasurePatch& patch,
+                                       const SharedFactorization& factors, Progress& progress);
 
 }  // namespace lacuna

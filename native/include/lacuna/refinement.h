@@ -40,6 +40,12 @@ struct RefinementProblem {
   at::Tensor prior;         // [d, d] general_prior_gram; may be undefined
 };
 
+// What a closed form must leave alone, [d, d] float64 CPU each.
+struct KeptText {
+  at::Tensor preserve;  // summed over preserved phrases, each a mean over its prompts
+  at::Tensor prior;     // general_prior_gram without the captions that name something erased
+};
+
 struct Refinement {
   at::Tensor delta;  // N - I, [d, d] float64 CPU
   EditedMatrices matrices = EditedMatrices::kKeyAndValue;
@@ -82,5 +88,11 @@ class StatisticsCache {
 RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
                                   const RefinementOptions& options, StatisticsCache* cache,
                                   Progress& progress);
+
+// The same for what must stay alone. erased: phrases that the general prior must not protect.
+// Results are shared with the cache: not to be written to.
+KeptText collect_kept_text(TextEncoder& encoder, const std::vector<PreservedPhrase>& preserve,
+                           GeneralPriorSize general_prior, const std::vector<std::string>& erased,
+                           StatisticsCache* cache, Progress& progress);
 
 }  // namespace lacuna

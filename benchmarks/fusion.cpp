@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+// Closed-form fusion on SD1.x shapes: solve + patch (host patches and a rank-128 LoRA) for n
+// concepts with rank-1 LoRAs on all 32 matrices; adding one; changing a strength. Concepts are
+// synthetic (anisotropic embeddings with a common mean) and stored as a loaded bundle stores them,
+// in float32. Memory is counted above the model, the bundle included. Prints one JSON object.
+// Usage: lacuna_bench_fusion [concepts ...]; peak memory is meaningful for the first count only.
+#include <ATen/ATen.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "lacuna/attention_projection.h"
+#include "lacuna/error.h"
+#include "lacuna/fusion.h"
+#include "lacuna/lora_export.h"
+#include "lacuna/low_rank.h"
+
+namespace {
+
+using nlohmann::json;
+using namespace lacuna;
+
+constexpr int64_t kWidth = 768;
+constexpr int64_t kPrompts = 12;  // enough rows for a Gram matrix of full rank
+constexpr int64_t kPositions = 77;
+constexpr int64_t kLoraRank = 128;
+
+double cpu_seconds() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval& t) {
+    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
+  };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
+double timed(const std::function<void()>& work) {
+  const double begin = cpu_seconds();
+  work();
+  return cpu_seconds() - begin;
+}
+
+double peak_mb() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<double>(usage.ru_maxrss) / 1024.0;
+}
+
+double resident_mb() {
+  int64_t total = 0;
+  int64_t resident = 0;
+  std::ifstream("/proc/self/statm") >> total >> resident;
+  return static_cast<double>(resident) * static_cast<double>(sysconf(_SC_PAGESIZE)) / (1 << 20);
+}
+
+class BenchModel : public Denoiser {
+ public:
+  BenchModel() {
+    const std::map<int64_t, int64_t> matrices{{320, 10}, {640, 10}, {1280, 12}};
+    for (const auto& [rows, count] : matrices) {
+      for (int64_t i = 0; i < count; ++i) {
+        const std::string name = std::to_string(rows) + "." + std::to_string(i);
+        projections_.push_back({name, name, i % 2 ? ProjectionRole::kValue : ProjectionRole::kKey});
+        weights_[name] = at::randn({rows, kWidth}).mul_(0.03);
+      }
+    }
+  }
+  std::string family() override { return "benchmark"; }
+  std::string fingerprint() override { return ""; }
+  bool patchable() override { return true; }
+  std::vector<AttentionProjection> cross_attention() override { return projections_; }
+  at::Tensor effective_weight(const std::string& name) override { return weights_.at(name); }
+  std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>&, double) override {
+    throw unused();
+  }
+  std::shared_ptr<Denoiser> with_context_map(const at::Tensor&, const at::Tensor&,
+                                             double) override {
+    throw unused();
+  }
+  at::Tensor noise_levels() override { throw unused(); }
+  std::vector<int64_t> latent_shape(int64_t, int64_t) override { throw unused(); }
+  at::Tensor to_host_latent(const at::Tensor&) override { throw unused(); }
+  at::Tensor from_host_latent(const at::Tensor&) override { throw unused(); }
+  at::Tensor denoise(const DenoiseRequest&, AttentionTap*) override { throw unused(); }
+  at::Tensor sample(const SamplingRequest&, const std::function<void(int64_t, int64_t)>&) override {
+    throw unused();
+  }
+
+ private:
+  static Error unused() { return Error("not part of this benchmark"); }
+  std::vector<AttentionProjection> projections_;
+  std::map<std::string, at::Tensor> weights_;
+};
+
+class Embeddings {
+ public:
+  Embeddings() : scale_(at::logspace(0, -2, kWidth, 10.0)), mean_(at::randn({kWidth})) {}
+  // Mean over prompts of sum e e^T, [d, d] float64.
+  at::Tensor gram(int64_t prompts) const {
+    const at::Tensor offset = at::randn({kWidth}) * scale_;  // what the prompts have in common
+    const at::Tensor rows =
+        (at::randn({prompts * kPositions, kWidth}) * scale_ + mean_ + offset).to(at::kDouble);
+    return at::matmul(rows.t(), rows) / static_cast<double>(prompts);
+  }
+
+ private:
+  at::Tensor scale_;
+  at::Tensor mean_;
+};
+
+std::shared_ptr<const ConceptLora> draw(int64_t index, BenchModel& model,
+                                        const Embeddings& embeddings) {
+  auto item = std::make_shared<ConceptLora>();
+  item->item.target = "concept " + std::to_string(index);
+  item->item.anchor = "scenery";
+  const at::Tensor gram = embeddings.gram(kPrompts);
+  const at::Tensor shift = at::randn({kWidth, 8}, at::kDouble) * 0.01;
+  item->map_shift =
+      at::matmul(at::matmul(shift, at::randn({8, kWidth}, at::kDouble)), gram).to(at::kFloat);
+  item->prompt_gram = gram.to(at::kFloat);
+  // Only mode 'joint' reads these; a bundle holds them all the same.
+  item->refinement_gram = item->prompt_gram.clone();
+  item->refinement_shift = item->map_shift.clone();
+  for (const AttentionProjection& projection : model.cross_attention()) {
+    const int64_t rows = model.effective_weight(projection.name).size(0);
+    item->pairs[projection.lora_name] = {at::randn({rows, 1}) * 5e-3, at::randn({1, kWidth})};
+  }
+  return item;
+}
+
+json run(int64_t concepts) {
+  at::manual_seed(1);
+  BenchModel model;
+  const Embeddings embeddings;
+  SilentProgress progress;
+  const FusionOptions options;
+  const KeptText kept{20.0 * embeddings.gram(kPrompts), embeddings.gram(100)};
+  const auto projections = model.cross_attention();
+  const double before_mb = resident_mb();
+
+  std::vector<std::shared_ptr<const ConceptLora>> items;
+  for (int64_t i = 0; i < concepts; ++i) items.push_back(draw(i, model, embeddings));
+  const double bundle_mb = resident_mb() - before_mb;
+
+  json out;
+  FusionSums sums;
+  Fusion fusion;
+  const double add_s = timed([&] { sums.assign(items); });
+  const double solve_s = timed([&] { fusion = sums.solve(kept, options, {}, progress); });
+  std::vector<WeightDelta> deltas;
+  LoraExport lora;
+  double lora_s = 0.0;
+  const auto patch = [&] {
+    const at::Tensor gram = projection_gram(model, projections, progress);
+    const SharedFactorization factors(fusion.patch.delta, gram, 2 * kLoraRank, progress);
+    deltas = weight_deltas(model, projections, fusion.patch, factors, progress);
+    lora_s = timed([&] {
+      lora = export_lora(model, projections, fusion.patch, factors, kLoraRank, 1.0, progress);
+    });
+  };
+  const double patch_s = timed(patch);
+  out["check_cpu_s"] = add_s;
+  out["solve_cpu_s"] = solve_s;
+  out["patch_cpu_s"] = patch_s;
+  out["lora_cpu_s"] = lora_s;  // included in patch
+  out["cpu_s"] = add_s + solve_s + patch_s;
+  out["peak_extra_mb"] = peak_mb() - before_mb;
+  out["bundle_mb"] = bundle_mb;  // included in peak
+  out["condition"] = fusion.condition;
+  out["lora_rank_128_residual"] = lora.residual;
+
+  const at::Tensor before = fusion.patch.delta.clone();
+  const auto guest = draw(concepts, model, embeddings);
+  out["add_one_cpu_ms"] = 1e3 * timed([&] {
+                            sums.add(guest);
+                            sums.solve(kept, options, {}, progress);
+                          });
+  sums.remove(guest->item.target);
+  fusion = sums.solve(kept, options, {}, progress);
+  out["remove_one_difference"] = (fusion.patch.delta - before).abs().max().item<double>();
+  out["strength_cpu_ms"] =
+      1e3 * timed([&] { sums.solve(kept, options, {{items[0]->item.target, 0.5}}, progress); });
+
+  // Error of the float32 patch against the dense float64 normal equations, one matrix of each
+  // shape.
+  at::Tensor h = options.regularization * at::eye(kWidth, at::kDouble) +
+                 options.preserve_weight * kept.preserve + options.prior_weight * kept.prior;
+  for (const auto& item : items) h += item->prompt_gram;
+  double worst = 0.0;
+  for (const char* name : {"320.0", "640.0", "1280.0"}) {
+    const at::Tensor w = model.effective_weight(name).to(at::kDouble);
+    at::Tensor right = at::zeros_like(w);
+    for (const auto& item : items) {
+      const LoraPair& pair = item->pairs.at(name);
+      right += at::matmul(w, item->map_shift.to(at::kDouble)) +
+               at::matmul(at::matmul(pair.up, pair.down).to(at::kDouble),
+                          item->prompt_gram.to(at::kDouble));
+    }
+    const at::Tensor reference = at::linalg_solve(h, right.t()).t();
+    for (const WeightDelta& delta : deltas) {
+      if (delta.name != name) continue;
+      const at::Tensor ours =
+          (delta.down.defined() ? at::matmul(delta.up, delta.down) : delta.up).to(at::kDouble);
+      worst = std::max(worst, ((ours - reference).norm() / reference.norm()).item<double>());
+    }
+  }
+  out["rel_error_of_change"] = worst;
+  return out;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  json results;
+  for (int i = 1; i < argc; ++i) results["n" + std::string(argv[i])] = run(std::stoll(argv[i]));
+  std::printf("%s\n", results.dump(2).c_str());
+}

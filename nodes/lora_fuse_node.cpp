@@ -1,0 +1,397 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nodes/lora_fuse_node.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <locale>
+#include <set>
+#include <sstream>
+#include <utility>
+
+#include "lacuna/attention_projection.h"
+#include "lacuna/error.h"
+#include "lacuna/lora_bundle.h"
+#include "lacuna/lora_export.h"
+#include "lacuna/low_rank.h"
+#include "lacuna/text.h"
+
+namespace lacuna {
+namespace {
+
+constexpr int64_t kCacheBytes = 256ll << 20;  // preserved phrases and the general prior
+constexpr std::array<const char*, 4> kLorasInputs{"loras", "loras_2", "loras_3", "loras_4"};
+constexpr double kMaxStrength = 2.0;
+
+FusionOptions read_options(const NodeInputs& inputs) {
+  FusionOptions options;
+  options.mode = fusion_mode_from_string(inputs.string("mode"));
+  options.regularization = inputs.number("regularization");
+  options.preserve_weight = inputs.number("preserve_weight");
+  options.prior_weight = inputs.number("prior_weight");
+  return options;
+}
+
+// "name = 0.5", one a line; '#' starts a comment. Throws Error with the line.
+ConceptStrengths parse_strengths(const std::string& text) {
+  ConceptStrengths strengths;
+  std::set<std::string> seen;
+  for (const std::string& line : split_lines(text)) {
+    const std::string body = normalize_phrase(line.substr(0, line.find('#')));
+    if (body.empty()) continue;
+    const size_t equals = body.rfind('=');
+    const std::string name =
+        equals == std::string::npos ? "" : normalize_phrase(body.substr(0, equals));
+    std::istringstream number(equals == std::string::npos ? "" : body.substr(equals + 1));
+    number.imbue(std::locale::classic());
+    double strength = -1.0;
+    std::string rest;
+    if (name.empty() || !(number >> strength) || (number >> rest) || !(strength >= 0.0) ||
+        strength > kMaxStrength) {
+      throw Error("concept strengths: cannot read '" + body +
+                  "'; write a concept and a number from 0 to 2, as in: church = 0.5");
+    }
+    if (!seen.insert(fold_case(name)).second) {
+      throw Error("concept strengths: '" + name + "' is listed twice; remove one of them");
+    }
+    strengths[name] = strength;
+  }
+  return strengths;
+}
+
+std::vector<std::string> parse_names(const std::string& text) {
+  std::vector<std::string> names;
+  for (const std::string& line : split_lines(text)) {
+    std::string name = normalize_phrase(line.substr(0, line.find('#')));
+    if (!name.empty()) names.push_back(std::move(name));
+  }
+  return names;
+}
+
+std::string joined(const std::vector<std::string>& names, size_t shown) {
+  std::string text;
+  for (size_t i = 0; i < names.size() && i < shown; ++i) text += (i == 0 ? "" : ", ") + names[i];
+  if (names.size() > shown) text += " and " + std::to_string(names.size() - shown) + " more";
+  return text;
+}
+
+std::string format(const char* pattern, double a, double b = 0.0) {
+  char text[200];
+  std::snprintf(text, sizeof text, pattern, a, b);
+  return text;
+}
+
+// What the inputs come down to, before anything is computed.
+struct Selection {
+  LoraBundle bundle;
+  ConceptStrengths strengths;
+  std::vector<std::string> left_out;
+  std::vector<std::string> outdated;  // concepts whose line says something else than their LoRA
+};
+
+Selection select(const std::vector<std::shared_ptr<const LoraBundle>>& bundles,
+                 const ConceptSet* wanted, const std::vector<std::string>& leave_out,
+                 const ConceptStrengths& strengths) {
+  std::vector<std::string> targets;
+  std::map<std::string, const Concept*> known;  // by folded target
+  for (const auto& bundle : bundles) {
+    for (const auto& item : bundle->concepts) {
+      if (known.emplace(fold_case(item->item.target), &item->item).second) {
+        targets.push_back(item->item.target);
+      }
+    }
+  }
+  const auto require = [&](const std::string& name, const char* where) {
+    if (known.contains(fold_case(name))) return;
+    throw Error(std::string(where) + ": '" + name +
+                "' is not among the LoRAs; they hold: " + joined(targets, 20));
+  };
+  Selection selection;
+  std::set<std::string> dropped;
+  for (const std::string& name : leave_out) {
+    require(name, "leave out");
+    dropped.insert(fold_case(name));
+  }
+  if (wanted != nullptr) {
+    std::set<std::string> listed;
+    for (const Concept& item : wanted->concepts) {
+      const auto it = known.find(fold_case(item.target));
+      if (it == known.end()) {
+        throw Error("'" + item.target +
+                    "' is in the concepts, but has no LoRA; train it with LoRA Erase, or remove "
+                    "its line");
+      }
+      listed.insert(it->first);
+      if (fold_case(it->second->anchor) != fold_case(item.anchor) ||
+          it->second->synonyms != item.synonyms) {
+        selection.outdated.push_back(item.target);
+      }
+    }
+    for (const auto& [key, item] : known) {
+      if (!listed.contains(key)) dropped.insert(key);
+    }
+  }
+  for (const auto& [name, strength] : strengths) {
+    require(name, "concept strengths");
+    if (!dropped.contains(fold_case(name))) selection.strengths[name] = strength;
+  }
+  for (const std::string& target : targets) {
+    if (dropped.contains(fold_case(target))) selection.left_out.push_back(target);
+  }
+
+  std::vector<std::shared_ptr<const LoraBundle>> remaining;
+  for (const auto& bundle : bundles) {
+    auto part = std::make_shared<LoraBundle>(*bundle);
+    std::erase_if(part->concepts,
+                  [&](const auto& item) { return dropped.contains(fold_case(item->item.target)); });
+    if (!part->concepts.empty()) remaining.push_back(std::move(part));
+  }
+  if (remaining.empty()) throw Error("every concept is left out; there is nothing to fuse");
+  selection.bundle = merge(remaining);
+  if (wanted != nullptr) {
+    LoraBundle& bundle = selection.bundle;
+    std::set<std::string> present;
+    for (const PreservedPhrase& item : bundle.preserve) present.insert(fold_case(item.phrase));
+    for (const PreservedPhrase& item : wanted->preserve) {
+      if (present.insert(fold_case(item.phrase)).second) bundle.preserve.push_back(item);
+    }
+    bundle.general_prior = wanted->general_prior;
+  }
+  return selection;
+}
+
+std::string report(const Selection& selection, const FusionOptions& options, const Fusion& fusion,
+                   const LoraExport& lora, double original_norm, double strength) {
+  const LoraBundle& bundle = selection.bundle;
+  const size_t n = bundle.concepts.size();
+  std::map<std::string, double> strength_of;
+  for (const auto& [name, value] : selection.strengths) strength_of[fold_case(name)] = value;
+  std::vector<std::string> lines;
+  for (const auto& item : bundle.concepts) {
+    std::string line = item->item.target + " -> " + item->item.anchor;
+    const auto it = strength_of.find(fold_case(item->item.target));
+    if (it != strength_of.end()) line += format(" (%.3g)", it->second);
+    lines.push_back(std::move(line));
+  }
+  std::string text = "Fused " + std::to_string(n) + (n == 1 ? " concept" : " concepts") + " (" +
+                     std::string(to_string(options.mode)) + "): " + joined(lines, 10) + ".";
+  if (!selection.left_out.empty()) text += "\nLeft out: " + joined(selection.left_out, 10) + ".";
+  if (!selection.outdated.empty()) {
+    text += "\nTrained with another anchor or other synonyms than the concepts now say: " +
+            joined(selection.outdated, 10) + ".";
+  }
+  text += "\nPreserved: " + std::to_string(bundle.preserve.size()) + " phrases, general prior " +
+          std::string(to_string(bundle.general_prior)) + ".";
+  text += format("\nEdit: %.3g %% of the projections' norm, condition number %.2g",
+                 100 * lora.edit_norm / original_norm, fusion.condition);
+  text += fusion.floor_added > 0.0 ? format(", floor %.2g added.", fusion.floor_added) : ".";
+  text += strength == 0.0 ? "\nStrength 0: the model is unchanged." : "\nApplied to the weights.";
+  text += "\nLoRA: rank " + std::to_string(lora.rank) +
+          format(", leaves out %.3g %% of the edit.", 100 * lora.residual);
+  return text;
+}
+
+InputSpec more_loras(const char* id, const char* name) {
+  return {.id = id,
+          .display_name = name,
+          .type = socket::kLoras,
+          .tooltip = "More trained concepts of the same checkpoint; each concept counts once.",
+          .optional = true};
+}
+
+}  // namespace
+
+LoraFuseNode::LoraFuseNode() : cache_(kCacheBytes) {}
+
+const NodeSchema& LoraFuseNode::schema() const {
+  static const NodeSchema schema{
+      .id = "LacunaLoRAFuse",
+      .display_name = "LoRA Fuse",
+      .description =
+          "Fuses trained concepts, one or a hundred, into one edit without interference and "
+          "without "
+          "training. Concepts can be added, removed and weighted in seconds.",
+      .category = "lacuna",
+      .search_aliases = {"fuse lora", "merge lora", "forget", "unlearn", "MACE", "concept erasure"},
+      .inputs =
+          {
+              {.id = "model",
+               .display_name = "model",
+               .type = socket::kModel,
+               .tooltip = "The checkpoint the LoRAs were trained on, not the output of Attention "
+                          "Refine: the refinement is part of the LoRAs. It is not changed itself."},
+              {.id = "clip",
+               .display_name = "clip",
+               .type = socket::kClip,
+               .tooltip = "The text encoder of the same checkpoint."},
+              {.id = "loras",
+               .display_name = "loras",
+               .type = socket::kLoras,
+               .tooltip = "From LoRA Erase or Load Erasure Bundle."},
+              more_loras("loras_2", "loras 2"),
+              more_loras("loras_3", "loras 3"),
+              more_loras("loras_4", "loras 4"),
+              {.id = "concepts",
+               .display_name = "concepts",
+               .type = socket::kConcepts,
+               .tooltip =
+                   "Optional. When connected, exactly these concepts are fused (each needs a LoRA; "
+                   "LoRAs of others are left out), its preserve list is added to that of the "
+                   "LoRAs, "
+                   "and its general prior is used.",
+               .optional = true},
+              {.id = "strength",
+               .display_name = "strength",
+               .type = socket::kFloat,
+               .tooltip = "0: the model as it was, 1: the computed edit. Linear in between.",
+               .default_value = 1.0,
+               .min = 0.0,
+               .max = kMaxStrength,
+               .step = 0.05},
+              {.id = "mode",
+               .display_name = "mode",
+               .type = socket::kCombo,
+               .tooltip =
+                   "independent: every LoRA keeps the target it was trained on, so that concepts "
+                   "can be added and removed freely. joint: one refinement of all concepts, as in "
+                   "the paper; LoRAs trained one by one then stand on a slightly other ground.",
+               .advanced = true,
+               .default_value = std::string("independent"),
+               .options = {"independent", "joint"}},
+              {.id = "preserve_weight",
+               .display_name = "preserve weight",
+               .type = socket::kFloat,
+               .tooltip = "Weight of a preserved phrase; an erased concept counts 1.",
+               .default_value = FusionOptions{}.preserve_weight,
+               .min = 0.0,
+               .max = 1000.0,
+               .step = 0.1},
+              {.id = "prior_weight",
+               .display_name = "prior weight",
+               .type = socket::kFloat,
+               .tooltip = "Weight of the general prior of the Concept Set.",
+               .advanced = true,
+               .default_value = FusionOptions{}.prior_weight,
+               .min = 0.0,
+               .max = 1000.0,
+               .step = 0.1},
+              {.id = "regularization",
+               .display_name = "regularization",
+               .type = socket::kFloat,
+               .tooltip = "Resistance to any change. Raise it when pictures break, lower it when a "
+                          "concept comes through.",
+               .advanced = true,
+               .default_value = FusionOptions{}.regularization,
+               .min = 0.0,
+               .max = 10000.0,
+               .step = 0.01},
+              {.id = "concept_strengths",
+               .display_name = "concept strengths",
+               .type = socket::kString,
+               .tooltip =
+                   "Strength of single concepts, one a line: church = 0.5. Others have 1. A "
+                   "concept of strength 0 is protected: what the others do must not touch it.",
+               .multiline = true,
+               .default_value = std::string()},
+              {.id = "leave_out",
+               .display_name = "leave out",
+               .type = socket::kString,
+               .tooltip = "Concepts that are not fused, one a line. Nothing is trained again.",
+               .multiline = true,
+               .default_value = std::string()},
+              {.id = "lora_rank",
+               .display_name = "LoRA rank",
+               .type = socket::kInt,
+               .tooltip = "Largest rank of the LoRA output. The report says what it leaves out.",
+               .advanced = true,
+               .default_value = int64_t{128},
+               .min = 1,
+               .max = 768,
+               .step = 1},
+          },
+      .outputs =
+          {{"model", "model", socket::kModel, "The model without the concepts."},
+           {"lora", "lora", socket::kLoraModel,
+            "The edit as a LoRA for Save Erasure LoRA; loads in ComfyUI, A1111/Forge and "
+            "diffusers."},
+           {"loras", "loras", socket::kLoras,
+            "All fused concepts in one, for Save Erasure Bundle. Strengths are not part of it."},
+           {"report", "report", socket::kString, "What was done, in numbers."}},
+  };
+  return schema;
+}
+
+void LoraFuseNode::validate(const NodeInputs& constants) const {
+  if (constants.has("concept_strengths")) parse_strengths(constants.string("concept_strengths"));
+}
+
+NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
+  const auto& model = inputs.get<std::shared_ptr<Denoiser>>("model");
+  const auto& clip = inputs.get<std::shared_ptr<TextEncoder>>("clip");
+  const FusionOptions options = read_options(inputs);
+  const double strength = inputs.number("strength");
+  const int64_t lora_rank = inputs.integer("lora_rank");
+
+  // Everything that can be refused is refused before the first prompt is encoded.
+  const std::vector<AttentionProjection> projections =
+      edited_projections(*model, EditedMatrices::kKeyAndValue, clip->width());
+  if (!model->patchable()) {
+    throw Error(
+        "this model's weights are packed (GGUF, 4-bit) and cannot carry LoRAs exactly; load "
+        "unpacked weights, or use Attention Refine alone, which can work on the conditioning");
+  }
+  std::vector<std::shared_ptr<const LoraBundle>> bundles;
+  for (const char* id : kLorasInputs) {
+    if (!inputs.has(id)) continue;
+    bundles.push_back(inputs.get<std::shared_ptr<const LoraBundle>>(id));
+    try {
+      if (bundles.back()->concepts.empty()) {
+        throw Error("these LoRAs hold no concept; train some with LoRA Erase");
+      }
+      for (const auto& item : bundles.back()->concepts) lacuna::check(*item);
+      check_fits(*bundles.back(), *model, *clip, projections);
+    } catch (const Error& e) {
+      throw Error("'" + std::string(id) + "': " + e.what());
+    }
+  }
+  const ConceptSet* wanted = inputs.has("concepts")
+                                 ? inputs.get<std::shared_ptr<const ConceptSet>>("concepts").get()
+                                 : nullptr;
+  Selection selection = select(bundles, wanted, parse_names(inputs.string("leave_out")),
+                               parse_strengths(inputs.string("concept_strengths")));
+  LoraBundle& bundle = selection.bundle;
+  lacuna::validate(concept_set_of(bundle));
+  ConceptSet preserved;
+  preserved.preserve = bundle.preserve;
+  check_phrases(*clip, preserved);
+  const at::Tensor gram = projection_gram(*model, projections, progress);
+
+  std::vector<std::string> erased;
+  for (const auto& item : bundle.concepts) {
+    for (std::string& phrase : phrases(item->item)) erased.push_back(std::move(phrase));
+  }
+  const KeptText kept =
+      collect_kept_text(*clip, bundle.preserve, bundle.general_prior, erased, &cache_, progress);
+  sums_.assign(bundle.concepts);
+  const Fusion fusion = sums_.solve(kept, options, selection.strengths, progress);
+  const SharedFactorization factors(fusion.patch.delta, gram, 2 * lora_rank, progress);
+  const LoraExport lora =
+      export_lora(*model, projections, fusion.patch, factors, lora_rank, strength, progress);
+  // At strength 0 the model itself, so that not even rounding differs.
+  std::shared_ptr<Denoiser> erased_model = model;
+  if (strength != 0.0) {
+    erased_model = model->with_weight_deltas(
+        weight_deltas(*model, projections, fusion.patch, factors, progress), strength);
+  }
+
+  const double original_norm = std::sqrt(gram.diagonal().sum().item<double>());
+  std::string text = report(selection, options, fusion, lora, original_norm, strength);
+  NodeResult result;
+  result.text = {text};
+  result.outputs = {std::move(erased_model), std::make_shared<const LoraTensors>(lora.tensors),
+                    std::make_shared<const LoraBundle>(std::move(bundle)), std::move(text)};
+  return result;
+}
+
+}  // namespace lacuna

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "lacuna/fusion.h"
+#include "lacuna/refinement.h"
+#include "nodes/node.h"
+
+namespace lacuna {
+
+// Fuses the LoRAs of many concepts into one edit, without training: MODEL and LORAS in, forgetting
+// MODEL out. What a change of strength does not touch is kept between runs.
+class LoraFuseNode final : public Node {
+ public:
+  LoraFuseNode();
+  const NodeSchema& schema() const override;
+  void validate(const NodeInputs& constants) const override;
+  NodeResult run(const NodeInputs& inputs, Progress& progress) override;
+
+ private:
+  StatisticsCache cache_;
+  FusionSums sums_;
+};
+
+}  // namespace lacuna

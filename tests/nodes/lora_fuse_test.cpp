@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/ops/equal.h>
+#include <ATen/ops/ones.h>
+
+#include <filesystem>
+#include <fstream>
+#include <set>
+
+#include "lacuna/error.h"
+#include "lacuna/lora_bundle.h"
+#include "nodes/lora_bundle_nodes.h"
+#include "nodes/lora_fuse_node.h"
+#include "support/fake_host.h"
+#include "support/message_of.h"
+#include "support/random_concepts.h"
+#include "support/random_data.h"
+
+namespace lacuna {
+namespace {
+
+using testing::FakeDenoiser;
+using testing::FakeTextEncoder;
+using testing::message_of;
+using testing::relative_difference;
+
+using Values = std::map<std::string, Value>;
+using Bundle = std::shared_ptr<const LoraBundle>;
+
+constexpr int64_t kWidth = 16;
+
+std::vector<std::string> input_ids(const NodeSchema& schema) {
+  std::vector<std::string> list;
+  for (const InputSpec& input : schema.inputs) list.push_back(input.id);
+  return list;
+}
+
+// Saved workflows store widgets by position: this order may only grow.
+TEST(Schemas, OrderOfTheFusionNodesIsFrozen) {
+  EXPECT_EQ(
+      input_ids(LoraFuseNode().schema()),
+      (std::vector<std::string>{"model", "clip", "loras", "loras_2", "loras_3", "loras_4",
+                                "concepts", "strength", "mode", "preserve_weight", "prior_weight",
+                                "regularization", "concept_strengths", "leave_out", "lora_rank"}));
+  EXPECT_EQ(input_ids(SaveBundleNode("x").schema()),
+            (std::vector<std::string>{"loras", "filename_prefix"}));
+  EXPECT_EQ(input_ids(LoadBundleNode("x").schema()), (std::vector<std::string>{"file"}));
+}
+
+class LoraFuseTest : public testing::DeviceTest {
+ protected:
+  LoraFuseTest() {
+    for (const AttentionProjection& projection : model_->projections_) {
+      rows_[projection.lora_name] = model_->weights_.at(projection.name).size(0);
+    }
+    loras_ = bundle({"cat", "owl"});
+  }
+  std::shared_ptr<LoraBundle> bundle(const std::vector<std::string>& targets) {
+    auto bundle = std::make_shared<LoraBundle>();
+    for (const std::string& target : targets) {
+      bundle->concepts.push_back(
+          testing::random_concept(target, rows_, testing::embeddings(30, kWidth)));
+    }
+    bundle->preserve = {{"dog", ConceptKind::kObject, 2}};
+    bundle->general_prior = GeneralPriorSize::kNone;
+    bundle->model_fingerprint = "fake-model";
+    bundle->encoder_fingerprint = "fake";
+    return bundle;
+  }
+  std::shared_ptr<const ConceptSet> concepts(const std::vector<std::string>& targets) {
+    ConceptSet set;
+    for (const std::string& target : targets) {
+      Concept item;
+      item.target = target;
+      item.anchor = "scenery";
+      item.templates = 2;
+      set.concepts.push_back(item);
+    }
+    set.general_prior = GeneralPriorSize::kNone;
+    return std::make_shared<const ConceptSet>(std::move(set));
+  }
+  NodeInputs inputs(Values more = {}) {
+    more.try_emplace("model", std::shared_ptr<Denoiser>(model_));
+    more.try_emplace("clip", std::shared_ptr<TextEncoder>(clip_));
+    more.try_emplace("loras", Bundle(loras_));
+    return NodeInputs(node_.schema(), std::move(more));
+  }
+  NodeResult run(Values more = {}) { return node_.run(inputs(std::move(more)), progress_); }
+  static std::shared_ptr<FakeDenoiser> model_of(const NodeResult& result) {
+    return std::dynamic_pointer_cast<FakeDenoiser>(
+        std::get<std::shared_ptr<Denoiser>>(result.outputs[0]));
+  }
+  static const LoraBundle& loras_of(const NodeResult& result) {
+    return *std::get<Bundle>(result.outputs[2]);
+  }
+  static std::string report_of(const NodeResult& result) {
+    return std::get<std::string>(result.outputs[3]);
+  }
+  static std::vector<std::string> targets(const LoraBundle& bundle) {
+    std::vector<std::string> list;
+    for (const auto& item : bundle.concepts) list.push_back(item->item.target);
+    return list;
+  }
+  // Change of every weight, one vector.
+  at::Tensor change(const NodeResult& result) {
+    std::vector<at::Tensor> parts;
+    for (const auto& [name, weight] : model_->weights_) {
+      parts.push_back(
+          (model_of(result)->weights_.at(name) - weight).flatten().cpu().to(at::kDouble));
+    }
+    return at::cat(parts);
+  }
+
+  std::shared_ptr<FakeDenoiser> model_ = std::make_shared<FakeDenoiser>(3, kWidth, device());
+  std::shared_ptr<FakeTextEncoder> clip_ = std::make_shared<FakeTextEncoder>(kWidth, device());
+  std::map<std::string, int64_t> rows_;
+  std::shared_ptr<LoraBundle> loras_;
+  LoraFuseNode node_;
+  testing::CountingProgress progress_;
+};
+INSTANTIATE_TEST_SUITE_P(Devices, LoraFuseTest, ::testing::ValuesIn(testing::devices()));
+
+TEST_P(LoraFuseTest, PatchesTheModelAsTheFormulaSays) {
+  std::map<std::string, at::Tensor> before;
+  for (const auto& [name, weight] : model_->weights_) before[name] = weight.clone();
+  const NodeResult result = run({{"regularization", 0.5},
+                                 {"preserve_weight", 2.0},
+                                 {"concept_strengths", std::string("OWL = 0.5  # less")}});
+  at::Tensor h = 0.5 * at::eye(kWidth, at::kDouble);
+  SilentProgress progress;
+  h = h + 2.0 * collect_kept_text(*clip_, loras_->preserve, GeneralPriorSize::kNone, {}, nullptr,
+                                  progress)
+                    .preserve;
+  for (const auto& item : loras_->concepts) h = h + item->prompt_gram;
+  for (const AttentionProjection& projection : model_->projections_) {
+    const at::Tensor weight = model_->weights_.at(projection.name);
+    EXPECT_TRUE(at::equal(weight, before[projection.name]));
+    const at::Tensor w = weight.cpu().to(at::kDouble);
+    at::Tensor right = at::zeros_like(w);
+    for (const auto& item : loras_->concepts) {
+      const double s = item->item.target == "owl" ? 0.5 : 1.0;
+      const LoraPair& pair = item->pairs.at(projection.lora_name);
+      right = right + s * (at::matmul(w, item->map_shift) +
+                           at::matmul(at::matmul(pair.up, pair.down), item->prompt_gram));
+    }
+    const at::Tensor expected = w + at::linalg_solve(h, right.t()).t();
+    EXPECT_LT(relative_difference(model_of(result)->weights_.at(projection.name), expected), 5e-6);
+    EXPECT_EQ(model_of(result)->weights_.at(projection.name).device().type(), device().type());
+    // The LoRA says the same: its rank allows it.
+    const auto& lora = *std::get<std::shared_ptr<const LoraTensors>>(result.outputs[1]);
+    const at::Tensor product =
+        at::matmul(lora.at(projection.lora_name + ".lora_up.weight").to(at::kDouble),
+                   lora.at(projection.lora_name + ".lora_down.weight").to(at::kDouble));
+    EXPECT_LT(relative_difference(product, expected - w), 5e-3);
+  }
+  EXPECT_EQ(result.outputs.size(), node_.schema().outputs.size());
+  EXPECT_NE(report_of(result).find("owl -> scenery (0.5)"), std::string::npos) << report_of(result);
+  EXPECT_NE(report_of(result).find("Preserved: 1 phrases"), std::string::npos);
+  EXPECT_EQ(targets(loras_of(result)), (std::vector<std::string>{"cat", "owl"}));
+}
+
+TEST_P(LoraFuseTest, LinearInBothStrengthsAndZeroIsTheModel) {
+  const at::Tensor full = change(run());
+  EXPECT_LT(relative_difference(change(run({{"strength", 0.5}})), 0.5 * full), 1e-4);
+  const at::Tensor cat = change(run({{"concept_strengths", std::string("owl=0")}}));
+  const at::Tensor owl = change(run({{"concept_strengths", std::string("cat=0")}}));
+  EXPECT_LT(relative_difference(cat + owl, full), 1e-4);
+  const NodeResult none = run({{"strength", 0.0}});
+  for (const auto& [name, weight] : model_->weights_) {
+    EXPECT_TRUE(at::equal(model_of(none)->weights_.at(name), weight));
+  }
+  EXPECT_NE(report_of(none).find("unchanged"), std::string::npos);
+  const NodeResult silent = run({{"concept_strengths", std::string("cat = 0\nowl = 0")}});
+  EXPECT_EQ(change(silent).abs().max().item<double>(), 0.0);
+}
+
+TEST_P(LoraFuseTest, AddingAndLeavingOutNeedNoTrainingAndNoEncoding) {
+  const at::Tensor before = change(run());
+  const int64_t encoded = clip_->encoded_prompts;
+  const Bundle more = bundle({"fox"});
+  const NodeResult three = run({{"loras_3", more}});
+  EXPECT_EQ(targets(loras_of(three)), (std::vector<std::string>{"cat", "owl", "fox"}));
+  EXPECT_GT(relative_difference(change(three), before), 1e-3);
+  const NodeResult back = run({{"loras_3", more}, {"leave_out", std::string("# gone:\nFox")}});
+  EXPECT_EQ(clip_->encoded_prompts, encoded);
+  EXPECT_TRUE(at::equal(change(back), before));
+  EXPECT_NE(report_of(back).find("Left out: fox"), std::string::npos);
+  EXPECT_EQ(targets(loras_of(back)), (std::vector<std::string>{"cat", "owl"}));
+  // The merged output fuses to the same model, also from a node without memory.
+  LoraFuseNode fresh;
+  const NodeResult again =
+      fresh.run(inputs({{"loras", std::get<Bundle>(three.outputs[2])}}), progress_);
+  EXPECT_LT(relative_difference(change(again), change(three)), 1e-6);
+  // The same concepts twice count once.
+  EXPECT_TRUE(at::equal(change(run({{"loras_2", Bundle(loras_)}})), before));
+}
+
+TEST_P(LoraFuseTest, ConnectedConceptsSayWhatIsFusedAndPreserved) {
+  auto set = std::make_shared<ConceptSet>(*concepts({"Owl"}));
+  set->preserve = {{"cat", ConceptKind::kObject, 2}, {"Dog", ConceptKind::kObject, 2}};
+  const NodeResult result = run({{"concepts", std::shared_ptr<const ConceptSet>(set)}});
+  EXPECT_EQ(targets(loras_of(result)), (std::vector<std::string>{"owl"}));
+  ASSERT_EQ(loras_of(result).preserve.size(), 2u);
+  EXPECT_EQ(loras_of(result).preserve[1].phrase, "cat");
+  EXPECT_NE(report_of(result).find("Left out: cat"), std::string::npos);
+  set->concepts[0].anchor = "fog";
+  EXPECT_NE(report_of(run({{"concepts", std::shared_ptr<const ConceptSet>(set)}}))
+                .find("another anchor or other synonyms than the concepts now say: Owl"),
+            std::string::npos);
+  EXPECT_NE(message_of([&] {
+              run({{"concepts", concepts({"owl", "fox"})}});
+            }).find("'fox' is in the concepts, but has no LoRA"),
+            std::string::npos);
+}
+
+TEST_P(LoraFuseTest, AnErasedPhraseIsNotPreservedUntilItIsLeftOut) {
+  auto wolf = bundle({"dog"});  // the others preserve it
+  const NodeResult erased = run({{"loras_2", Bundle(wolf)}});
+  EXPECT_TRUE(loras_of(erased).preserve.empty());
+  const NodeResult left = run({{"loras_2", Bundle(wolf)}, {"leave_out", std::string("dog")}});
+  EXPECT_EQ(loras_of(left).preserve.size(), 1u);
+}
+
+TEST_P(LoraFuseTest, JointModeDiffersAndNeedsARefinementOfAll) {
+  const at::Tensor independent = change(run());
+  EXPECT_GT(relative_difference(change(run({{"mode", std::string("joint")}})), independent), 1e-3);
+  auto half = std::make_shared<ConceptLora>(*loras_->concepts[0]);
+  half->map_shift.reset();
+  half->refinement_gram.reset();
+  half->refinement_shift.reset();
+  loras_->concepts[0] = half;
+  EXPECT_NE(message_of([&] { run({{"mode", std::string("joint")}}); }).find("'cat' was not"),
+            std::string::npos);
+  EXPECT_EQ(message_of([&] { run(); }), "");
+}
+
+TEST_P(LoraFuseTest, RefusesBeforeAnyPromptIsEncoded) {
+  const auto refuse = [&](Values more, const std::string& expected) {
+    const std::string message = message_of([&] { run(std::move(more)); });
+    EXPECT_NE(message.find(expected), std::string::npos) << message;
+    EXPECT_EQ(clip_->encoded_prompts, 0);
+  };
+  refuse({{"loras_2", Bundle(std::make_shared<LoraBundle>())}},
+         "'loras_2': these LoRAs hold no concept");
+  auto other = bundle({"fox"});
+  other->model_fingerprint = "sdxl";
+  refuse({{"loras_4", Bundle(other)}}, "'loras_4': these LoRAs were trained on another base model");
+  other->model_fingerprint = "";
+  other->encoder_fingerprint = "t5";
+  refuse({{"loras_4", Bundle(other)}}, "another text encoder");
+  refuse({{"loras_2", Bundle(bundle({"CAT"}))}}, "two different LoRAs");
+  refuse({{"concept_strengths", std::string("fox = 1")}}, "they hold: cat, owl");
+  refuse({{"leave_out", std::string("fox")}}, "they hold: cat, owl");
+  refuse({{"leave_out", std::string("cat\nowl")}}, "nothing to fuse");
+  refuse({{"clip", std::shared_ptr<TextEncoder>(std::make_shared<FakeTextEncoder>(24, device()))}},
+         "width 24");
+  auto broken = bundle({"fox"});
+  auto item = std::make_shared<ConceptLora>(*broken->concepts[0]);
+  item->pairs.clear();
+  broken->concepts[0] = item;
+  refuse({{"loras_2", Bundle(broken)}}, "'fox' has no LoRA");
+  auto twins = bundle({"fox"});
+  auto twin = std::make_shared<ConceptLora>(*twins->concepts[0]);
+  twin->item.synonyms = {"cat"};
+  twins->concepts[0] = twin;
+  refuse({{"loras_2", Bundle(twins)}}, "listed twice");
+  model_->patchable_ = false;
+  refuse({}, "packed");
+  for (const char* text : {"cat", "cat = much", "= 1", "cat = -1", "cat = 3", "cat = 1 2",
+                           "cat = nan", "cat = 1\nCat = 1"}) {
+    const NodeInputs bad(node_.schema(), {{"concept_strengths", std::string(text)}});
+    EXPECT_NE(message_of([&] { node_.validate(bad); }).find("concept strengths"), std::string::npos)
+        << text;
+  }
+  EXPECT_NO_THROW(node_.validate(NodeInputs(node_.schema(), {})));
+}
+
+TEST_P(LoraFuseTest, CancelAtEveryCheckLeavesModelAndNextRunIntact) {
+  LoraFuseNode reference;
+  testing::CountingProgress counter;
+  const at::Tensor expected = change(reference.run(inputs(), counter));
+  LoraFuseNode node;
+  for (int64_t at = 1; at <= counter.checks; ++at) {
+    testing::CountingProgress progress;
+    progress.cancel_at = at;
+    try {
+      node.run(inputs(), progress);
+    } catch (const testing::Cancelled&) {
+    }
+    progress.cancel_at = -1;
+    EXPECT_TRUE(at::equal(change(node.run(inputs(), progress)), expected)) << at;
+  }
+}
+
+TEST_P(LoraFuseTest, BundlesGoThroughAFile) {
+  const testing::TemporaryFolder folder;
+  SaveBundleNode save(folder.path(""));
+  const NodeResult saved =
+      save.run(NodeInputs(save.schema(),
+                          {{"loras", Bundle(loras_)}, {"filename_prefix", std::string("x/b")}}),
+               progress_);
+  ASSERT_TRUE(saved.files.at(0).ends_with("x/b_00001_.safetensors"));
+  LoadBundleNode load(folder.path(""));
+  const NodeInputs file(load.schema(), {{"file", std::string("x/b_00001_.safetensors")}});
+  const NodeResult loaded = load.run(file, progress_);
+  const auto& set = *std::get<std::shared_ptr<const ConceptSet>>(loaded.outputs[1]);
+  EXPECT_EQ(set.concepts[1].target, "owl");
+  EXPECT_EQ(set.preserve, loras_->preserve);
+  EXPECT_NE(loaded.text.at(0).find("2 concepts: cat, owl"), std::string::npos);
+  EXPECT_LT(relative_difference(change(run({{"loras", loaded.outputs[0]}})), change(run())), 1e-4);
+
+  // A host that keeps results notices that the file is another one now.
+  const std::string before = load.outside_state(file);
+  EXPECT_EQ(load.outside_state(file), before);
+  save_bundle(*bundle({"fox"}), saved.files[0]);
+  EXPECT_NE(load.outside_state(file), before);
+  std::filesystem::remove(saved.files[0]);
+  EXPECT_EQ(load.outside_state(file), "absent");
+  EXPECT_EQ(load.outside_state(NodeInputs(load.schema(), {}, {"file"})), "");
+  EXPECT_TRUE(load.schema().reads_files);
+}
+
+TEST_P(LoraFuseTest, BundleFilesStayInTheirFolder) {
+  const testing::TemporaryFolder folder;
+  SaveBundleNode save(folder.path("out"));
+  LoadBundleNode load(folder.path("out"));
+  for (const char* name : {"", "../x.safetensors", "a/../../x.safetensors", "/etc/passwd"}) {
+    const NodeInputs file(load.schema(), {{"file", std::string(name)}});
+    EXPECT_NE(message_of([&] { load.validate(file); }).find("leaves the output folder"),
+              std::string::npos);
+    EXPECT_NE(message_of([&] { load.run(file, progress_); }), "");
+    const NodeInputs prefix(save.schema(), {{"filename_prefix", std::string(name)}});
+    EXPECT_NE(message_of([&] { save.validate(prefix); }), "");
+  }
+  const NodeInputs absent(load.schema(), {{"file", std::string("nope.safetensors")}});
+  EXPECT_NO_THROW(load.validate(absent));  // it may be written by the same workflow
+  EXPECT_NE(message_of([&] { load.run(absent, progress_); }).find("no file 'nope.safetensors'"),
+            std::string::npos);
+  const NodeInputs empty(save.schema(), {{"loras", Bundle(std::make_shared<LoraBundle>())}});
+  EXPECT_NE(message_of([&] { save.run(empty, progress_); }).find("no concept"), std::string::npos);
+  EXPECT_FALSE(std::filesystem::exists(folder.path("out")));
+}
+
+}  // namespace
+}  // namespace lacuna
