@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "lacuna/attention_projection.h"
+#include "lacuna/error.h"
 #include "lacuna/lora_export.h"
 #include "lacuna/low_rank.h"
 #include "lacuna/refinement.h"
@@ -87,6 +88,14 @@ class BenchModel : public Denoiser {
   std::shared_ptr<Denoiser> with_context_map(const at::Tensor&, const at::Tensor&,
                                              double) override {
     return nullptr;
+  }
+  // The closed forms need no forward pass.
+  at::Tensor noise_levels() override { throw Error("no forward pass"); }
+  std::vector<int64_t> latent_shape(int64_t, int64_t) override { throw Error("no forward pass"); }
+  at::Tensor to_host_latent(const at::Tensor&) override { throw Error("no forward pass"); }
+  at::Tensor from_host_latent(const at::Tensor&) override { throw Error("no forward pass"); }
+  at::Tensor denoise(const DenoiseRequest&, AttentionTap*) override {
+    throw Error("no forward pass");
   }
   at::Tensor sample(const SamplingRequest&, const std::function<void(int64_t, int64_t)>&) override {
     return {};

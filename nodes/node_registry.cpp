@@ -6,6 +6,7 @@
 #include "lacuna/error.h"
 #include "nodes/attention_refine_node.h"
 #include "nodes/concept_set_node.h"
+#include "nodes/lora_erase_node.h"
 #include "nodes/save_lora_node.h"
 
 namespace lacuna {
@@ -14,6 +15,7 @@ NodeRegistry NodeRegistry::with_lacuna_nodes(const std::string& output_folder) {
   NodeRegistry registry;
   registry.add(std::make_unique<ConceptSetNode>());
   registry.add(std::make_unique<AttentionRefineNode>());
+  registry.add(std::make_unique<LoraEraseNode>());
   registry.add(std::make_unique<SaveLoraNode>(output_folder));
   return registry;
 }
