@@ -7,6 +7,7 @@
 #include "nodes/attention_refine_node.h"
 #include "nodes/concept_set_node.h"
 #include "nodes/lora_bundle_nodes.h"
+#include "nodes/lora_erase_node.h"
 #include "nodes/lora_fuse_node.h"
 #include "nodes/save_lora_node.h"
 
@@ -16,6 +17,7 @@ NodeRegistry NodeRegistry::with_lacuna_nodes(const std::string& output_folder) {
   NodeRegistry registry;
   registry.add(std::make_unique<ConceptSetNode>());
   registry.add(std::make_unique<AttentionRefineNode>());
+  registry.add(std::make_unique<LoraEraseNode>());
   registry.add(std::make_unique<LoraFuseNode>());
   registry.add(std::make_unique<SaveLoraNode>(output_folder));
   registry.add(std::make_unique<SaveBundleNode>(output_folder));

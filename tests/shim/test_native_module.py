@@ -279,4 +279,12 @@ def test_every_source_names_its_licence() -> None:
 
 def test_schemas_are_plain_json(pack) -> None:
     ids = [node["id"] for node in json.loads(pack.schemas())]
-    assert ids[:3] == ["LacunaConceptSet", "LacunaAttentionRefine", "LacunaSaveLoRA"]
+    assert ids == [
+        "LacunaConceptSet",
+        "LacunaAttentionRefine",
+        "LacunaLoRAErase",
+        "LacunaLoRAFuse",
+        "LacunaSaveLoRA",
+        "LacunaSaveBundle",
+        "LacunaLoadBundle",
+    ]

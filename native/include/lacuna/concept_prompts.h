@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "lacuna/concept_set.h"
+#include "lacuna/host.h"
+
+namespace lacuna {
+
+// The prompts that LoRA training shows of a concept: every template of its kind with every phrase.
+
+// Which positions of a prompt carry the concept.
+enum class TokenSet {
+  kPhrase,            // the phrase's own tokens
+  kPhraseAndPadding,  // those, end of text and padding (MACE)
+};
+
+std::string_view to_string(TokenSet tokens);
+TokenSet token_set_from_string(std::string_view text);
+
+struct ConceptPrompts {
+  std::vector<std::string> texts;
+  TextEmbedding embedding;  // of n prompts, on the CPU
+  at::Tensor phrase;        // [n, window], 1 on the phrase's own positions, each time it occurs
+  at::Tensor padding;       // [n, window], 1 on end of text and padding
+
+  at::Tensor tokens(TokenSet set) const;  // [n, window]
+};
+
+ConceptPrompts encode_prompts(TextEncoder& encoder, const Concept& item, Progress& progress);
+
+// Prompts in small batches, on the CPU, never as inference tensors.
+TextEmbedding embed_in_batches(TextEncoder& encoder, const std::vector<std::string>& prompts,
+                               Progress& progress);
+
+}  // namespace lacuna
