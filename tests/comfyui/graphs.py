@@ -5,12 +5,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_server import Graph
+import safetensors.torch
+import torch
+from comfy_server import Graph, Server
 
 CONCEPTS = "hamburger -> apple\nowl -> tree"
 PRESERVE = "pizza\nship"
 # Widget values that make a run cheap; what is not named here is the schema's default.
-QUICK = {"LacunaConceptSet": {"templates": 2, "general_prior": "none"}}
+QUICK = {
+    "LacunaConceptSet": {"templates": 2, "general_prior": "none"},
+    "LacunaLoRAErase": {
+        "steps": 3, "images": 2, "sampling_steps": 3, "width": 64, "height": 64,
+        "learning_rate": 0.01,
+    },
+}  # fmt: skip
+
+
+def newest_latent(server: Server, prefix: str) -> torch.Tensor:
+    """From the newest file of Builder.sample: cached save nodes write no second one."""
+    files = sorted(server.output.glob(f"{prefix}_*.latent"), key=lambda file: file.stat().st_mtime)
+    return safetensors.torch.load_file(files[-1])["latent_tensor"]
+
+
+def saved_weights(server: Server, file: str) -> dict[str, torch.Tensor]:
+    """What Builder.weights saved: the model's merged keys and values."""
+    return safetensors.torch.load_file(server.output / file)
 
 
 def save_lora_id(listed: dict[str, Any]) -> str:
@@ -46,6 +65,33 @@ class Builder:
     def edit(self, model: list[Any] | None = None, **values: Any) -> Graph:
         """Checkpoint, Concept Set and Attention Refine."""
         return self.checkpoint() | self.concepts() | self.refine(model, **values)
+
+    def erase(self, **values: Any) -> Graph:
+        """LoRA Erase on top of Attention Refine's edit."""
+        node = "LacunaLoRAErase"
+        links = {
+            "model": ["ckpt", 0],
+            "clip": ["ckpt", 1],
+            "concepts": ["set", 0],
+            "refinement": ["refine", 1],
+        }
+        inputs = defaults(self._schemas, node) | QUICK[node] | links | values
+        return {"erase": {"class_type": node, "inputs": inputs}}
+
+    def fuse(self, loras: list[Any] | None = None, **values: Any) -> Graph:
+        node = "LacunaLoRAFuse"
+        links = {"model": ["ckpt", 0], "clip": ["ckpt", 1], "loras": loras or ["erase", 0]}
+        inputs = defaults(self._schemas, node) | links | {"lora_rank": 768} | values
+        return {"fuse": {"class_type": node, "inputs": inputs}}
+
+    def pipeline(self, **erase: Any) -> Graph:
+        """Concept Set, Attention Refine ('mace'), LoRA Erase and LoRA Fuse."""
+        model = erase.pop("model", ["ckpt", 0])
+        return (
+            self.edit(model, method="mace")
+            | self.erase(model=model, **erase)
+            | self.fuse(model=model)
+        )
 
     def sample(self, model: list[Any], prefix: str, text: str = "a photo of a hamburger") -> Graph:
         """Latents of a few steps, saved below output/<prefix>."""

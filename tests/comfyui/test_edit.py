@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from comfy_server import Graph, Rejected, Run, Server
-from graphs import Builder, save_lora_id
+from graphs import Builder, newest_latent, save_lora_id, saved_weights
 from host_fixtures import TEST_DATA
 
 Weights = dict[str, torch.Tensor]
@@ -27,15 +27,8 @@ def build(schemas: list[dict]) -> Builder:
     return Builder(schemas)
 
 
-def _latent(server: Server, run: Run, node: str) -> torch.Tensor:
-    """From the newest file: cached save nodes write no second one."""
-    name = node.removesuffix("_save")
-    files = sorted(server.output.glob(f"{name}_*.latent"), key=lambda file: file.stat().st_mtime)
-    return safetensors.torch.load_file(files[-1])["latent_tensor"]
-
-
-def _weights(server: Server, file: str) -> Weights:
-    return safetensors.torch.load_file(server.output / file)
+def _latent(server: Server, _run: Run, node: str) -> torch.Tensor:
+    return newest_latent(server, node.removesuffix("_save"))
 
 
 def _save_lora(server: Server, prefix: str) -> Graph:
@@ -54,13 +47,13 @@ def base_hash(server: Server, build: Builder) -> str:
 
 @pytest.fixture(scope="session")
 def base_weights(server: Server, base_hash: str) -> Weights:
-    return _weights(server, "base_kv")
+    return saved_weights(server, "base_kv")
 
 
 @pytest.fixture(scope="session")
 def edited_weights(server: Server, build: Builder) -> Weights:
     server.run(build.edit() | build.weights(["refine", 0], "edited", "edited_kv"))
-    return _weights(server, "edited_kv")
+    return saved_weights(server, "edited_kv")
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +139,10 @@ def test_an_upstream_lora_is_part_of_what_is_edited(
     server.run(
         build.edit(model=["lora", 0]) | lora | build.weights(["refine", 0], "w", "lora_edited_kv")
     )
-    before, after = _stack(_weights(server, "lora_kv")), _stack(_weights(server, "lora_edited_kv"))
+    before, after = (
+        _stack(saved_weights(server, "lora_kv")),
+        _stack(saved_weights(server, "lora_edited_kv")),
+    )
     assert _relative(before - _stack(base_weights), _stack(base_weights)) > 0.3
     change = after - before
     for weights, fits in ((before, True), (_stack(base_weights), False)):
@@ -162,7 +158,7 @@ def test_a_downstream_lora_still_counts(
     lora["lora"]["inputs"]["model"] = ["refine", 0]
     server.run(build.edit() | lora | build.weights(["lora", 0], "w", "edited_lora_kv"))
     up = safetensors.torch.load_file(server.base / "models" / "loras" / LORA)
-    for name, weight in _weights(server, "edited_lora_kv").items():
+    for name, weight in saved_weights(server, "edited_lora_kv").items():
         module = name.removesuffix(".weight")
         added = up[f"{module}.lora_up.weight"] @ up[f"{module}.lora_down.weight"]
         torch.testing.assert_close(weight, edited_weights[name] + added, rtol=1e-4, atol=1e-5)
@@ -184,7 +180,7 @@ def test_strength_is_linear(
 ) -> None:
     server.run(build.edit(strength=0.5) | build.weights(["refine", 0], "half", "half_kv"))
     middle = (_stack(base_weights) + _stack(edited_weights)) / 2
-    assert _relative(_stack(_weights(server, "half_kv")) - middle, middle) < 1e-5
+    assert _relative(_stack(saved_weights(server, "half_kv")) - middle, middle) < 1e-5
 
 
 def test_bypass_restores(server: Server, build: Builder) -> None:
@@ -217,7 +213,7 @@ def test_the_same_inputs_give_the_same_edit(
 ) -> None:
     server.run(_base(build))  # another graph in between: the cache is empty
     server.run(build.edit() | build.weights(["refine", 0], "again", "again_kv"))
-    again = _weights(server, "again_kv")
+    again = saved_weights(server, "again_kv")
     assert all(torch.equal(again[name], edited_weights[name]) for name in again)
 
 
@@ -268,7 +264,7 @@ def test_saved_lora_reloads(
         graph | build.weights(["lora", 0], "w", "reloaded_kv") | build.sample(["lora", 0], "reload")
     )
     assert "lora key not loaded" not in server.log()[mark:]
-    reloaded = _weights(server, "reloaded_kv")
+    reloaded = saved_weights(server, "reloaded_kv")
     for name, weight in reloaded.items():
         change = edited_weights[name] - base_weights[name]
         assert _relative(weight - edited_weights[name], change) < 4 * FP16_ROUNDING

@@ -64,6 +64,30 @@ class Fail:
         raise RuntimeError("failed on purpose")
 
 
+class OutOfMemory:
+    """A MODEL that runs out of memory after so many text cross-attentions."""
+
+    CATEGORY = "tests"
+    FUNCTION = "patch"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "after": ("INT", {"default": 0})}}
+
+    def patch(self, model: Any, after: int) -> tuple[Any]:
+        calls = iter(range(after))
+
+        def out_of_memory(n: torch.Tensor, _options: dict[str, Any]) -> torch.Tensor:
+            if next(calls, None) is None:
+                raise torch.OutOfMemoryError("no memory left, on purpose")
+            return n
+
+        patched = model.clone()
+        patched.set_model_attn2_output_patch(out_of_memory)
+        return (patched,)
+
+
 class Flux(torch.nn.Module):
     """Enough of a transformer model to be told apart: no cross-attention that reads a text."""
 
@@ -90,5 +114,6 @@ class OtherModel:
 NODE_CLASS_MAPPINGS = {
     "LacunaTestWeights": Weights,
     "LacunaTestFail": Fail,
+    "LacunaTestOutOfMemory": OutOfMemory,
     "LacunaTestOtherModel": OtherModel,
 }

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training, evaluation and scoring of the demo model (tools/demo_model)."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOOLS = REPOSITORY / "tools" / "demo_model"
+ASSETS = REPOSITORY / "assets" / "demo_model"
+sys.path.insert(0, str(TOOLS))
+
+pytest.importorskip("diffusers", reason='needs pip install "lacuna[headless]"')
+import captions  # noqa: E402
+import corpus as corpus_module  # noqa: E402
+import export  # noqa: E402
+import networks  # noqa: E402
+import score  # noqa: E402
+import stage_decoder  # noqa: E402
+import train  # noqa: E402
+import training  # noqa: E402
+from corpus import FLAG, OBJECT, STYLES, Corpus, Record  # noqa: E402
+from evaluator import NOTHING, Evaluator, EvaluatorNetwork  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny_corpus() -> Corpus:
+    """Two objects in three styles and three flags: coloured half planes, opaque in the middle."""
+    words = [("cat", "kitten"), ("owl",)]
+    records = [Record(w, style, OBJECT, "1F600") for w in words for style in STYLES]
+    records += [Record((f"flag of {land}",), "noto", FLAG, "") for land in ("peru", "chad", "cuba")]
+    images = torch.zeros(len(records), 64, 64, 4, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(5)
+    for image in images:
+        image[16:48, 16:48, 3] = 255
+        image[16:48, 16:32, :3] = torch.randint(0, 256, (3,), generator=generator).byte()
+        image[16:48, 32:48, :3] = torch.randint(0, 256, (3,), generator=generator).byte()
+    return Corpus(tuple(records), images)
+
+
+# --------------------------------------------------------------------------- corpus and captions
+
+
+def test_a_package_is_checked(tmp_path: Path) -> None:
+    package = tmp_path / "package.tgz"
+    package.write_bytes(b"abc")
+    # the SHA-512 digest of "abc" from FIPS 180-4's examples
+    digest = (
+        "3a81oZNherrMQXNJriBBMRLm+k6JqX6iCp7u5ktV05ohkpkqJ0/BqDa6PCOj/uu9RU1EI2Q86A4qmslPpUyknw=="
+    )
+    gone = "http://127.0.0.1:9/package.tgz"
+    good = corpus_module.Package("noto", gone, package.name, digest)
+    assert corpus_module.fetch(tmp_path, good) == package
+    package.write_bytes(b"abd")
+    with pytest.raises(corpus_module.CorpusError, match="cannot download"):
+        corpus_module.fetch(tmp_path, good)
+    local = corpus_module.Package("noto", package.as_uri(), "other.tgz", digest)
+    with pytest.raises(corpus_module.CorpusError, match="not the file"):
+        corpus_module.fetch(tmp_path, local)
+    assert not (tmp_path / "other.tgz").exists()
+
+
+def test_rendering_puts_the_image_on_its_background(tiny_corpus: Corpus) -> None:
+    generator = torch.Generator().manual_seed(0)
+    picture = corpus_module.render(tiny_corpus, [0], ["red"], generator, augment=False)[0]
+    red = torch.tensor(corpus_module.BACKGROUNDS["red"]) / 255
+    assert torch.allclose(picture[:, 0, 0], red)
+    assert torch.allclose(picture[:, 20, 20], tiny_corpus.images[0, 20, 20, :3] / 255)
+
+
+def test_objects_are_mirrored_and_flags_are_not(tiny_corpus: Corpus) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for index, mirrored_share in ((0, 0.5), (8, 0.0)):
+        left = tiny_corpus.images[index, 20, 20, :3] / 255
+        count = 60
+        pictures = corpus_module.render(tiny_corpus, [index] * count, ["white"] * count, generator)
+        # the pixel just left of the opaque square's centre, wherever the square was shifted to
+        mirrored = 0
+        for picture in pictures:
+            covered = (picture - 1).abs().sum(0) > 0.02
+            columns = covered.any(0).nonzero().flatten()
+            rows = covered.any(1).nonzero().flatten()
+            middle = int(rows.float().mean())
+            column = int(columns[0] * 0.75 + columns[-1] * 0.25)
+            mirrored += int((picture[:, middle, column] - left).abs().max() > 0.05)
+        assert mirrored / count == pytest.approx(mirrored_share, abs=0.2)
+        assert (mirrored == 0) == (mirrored_share == 0)
+
+
+def test_backgrounds_are_white_every_other_time() -> None:
+    names = corpus_module.draw_backgrounds(3000, torch.Generator().manual_seed(1))
+    assert names.count("white") / 3000 == pytest.approx(7 / 12, abs=0.03)
+    assert set(names) == set(corpus_module.BACKGROUNDS)
+
+
+def test_least_distance(tiny_corpus: Corpus) -> None:
+    images = tiny_corpus.images[:2].clone()
+    images[1] = images[0]
+    images[1, 16:48, 16:48, :3] = 255 - images[0, 16:48, 16:48, :3]
+    difference = (images[0, 16:48, 16:48, :3].float() * 2 / 255 - 1).square().mean() / 4
+    found = corpus_module.least_distance(images)
+    assert found == pytest.approx(float(difference.sqrt()), rel=1e-4)
+
+
+def test_the_corpus_table_comes_back(tiny_corpus: Corpus, tmp_path: Path) -> None:
+    corpus_module.save(tiny_corpus, tmp_path)
+    loaded = corpus_module.load(tmp_path)
+    assert loaded.records == tiny_corpus.records
+    assert torch.equal(loaded.images, tiny_corpus.images)
+    assert loaded.names(OBJECT) == ["cat", "owl"]
+
+
+def test_captions_say_what_is_there(tiny_corpus: Corpus) -> None:
+    assert captions.with_article("owl") == "an owl"
+    assert captions.with_article("flag of peru") == "the flag of peru"
+    assert captions.with_article("santa claus") == "santa claus"
+    rng = random.Random(0)
+    known = set(networks.used_token_ids(captions.all_phrases(tiny_corpus)))
+    tokenizer = networks.tokenizer()
+    held_out = [template.format("\0") for template in captions.HELD_OUT_TEMPLATES]
+    for _ in range(400):
+        record = rng.choice(tiny_corpus.records)
+        background = rng.choice(list(corpus_module.BACKGROUNDS))
+        text = captions.caption(record, background, rng)
+        assert any(word in text for word in record.words)
+        assert background == "white" or text.endswith(f"on a {background} background")
+        assert not ("style" in text and record.kind == FLAG)
+        assert set(tokenizer.encode(text).ids) <= known
+        for template in held_out:
+            before, after = template.split("\0")
+            assert not (before and text.startswith(before)) or before in ("", "a photo of ")
+            assert not (after and text.endswith(after))
+        text = captions.held_out_caption(record.name, rng, "noto")
+        assert set(tokenizer.encode(text).ids) <= known
+
+
+# --------------------------------------------------------------------------- networks and training
+
+
+def test_text_encoder_ignores_what_follows_and_keeps_known_rows(tiny_corpus: Corpus) -> None:
+    torch.manual_seed(0)
+    ids = networks.used_token_ids(["a cat", "an owl"])
+    small = networks.TextEncoder(ids).eval()
+    rows = small.rows(["a cat"])
+    end = int(small.ends(rows)[0])
+    assert end == 3
+    with torch.no_grad():
+        whole, cut = small(rows), small(rows[:, : end + 1])
+    assert torch.allclose(whole[:, : end + 1], cut, atol=1e-5)
+
+    larger = networks.TextEncoder(networks.used_token_ids(["a cat", "an owl", "a bear"])).eval()
+    larger.load_compact(small.compact())
+    with torch.no_grad():
+        assert torch.allclose(larger(larger.rows(["a cat"])), whole, atol=1e-5)
+        assert not torch.allclose(larger(larger.rows(["a bear"])), whole, atol=1e-2)
+
+
+def test_learning_rate_rises_holds_and_falls() -> None:
+    rate = [training.learning_rate(step, 1000, 2.0, 100, 0.6, 0.03) for step in range(1000)]
+    assert rate[0] == pytest.approx(0.02)
+    assert rate[49] == pytest.approx(1.0)
+    assert rate[100:600] == pytest.approx([2.0] * 500)
+    assert rate[800] == pytest.approx(1.0)
+    assert rate[-1] == pytest.approx(0.06)
+
+
+def test_alphas_are_those_of_sd1() -> None:
+    """The noise levels that SD1.x is known for: sigma 14.6146 down to 0.0292."""
+    kept = networks.alphas_cumprod()
+    sigmas = ((1 - kept) / kept).sqrt()
+    assert float(sigmas[-1]) == pytest.approx(14.6146, abs=1e-3)
+    assert float(sigmas[0]) == pytest.approx(0.0292, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every stage for two steps from scratch, then one more, resumed; compact weights exported."""
+    work = tmp_path_factory.mktemp("training")
+    corpus_module.save(tiny_corpus, work)
+    for steps in ("2", "3"):
+        for stage in ("corpus", *train.STEPS):
+            arguments = [stage, "--work", str(work), "--steps", steps, "--pool", "2"]
+            assert train.main([*arguments, "--save-every", "2"]) == 0
+    assert export.main(["--work", str(work), "--out", str(work / "assets")]) == 0
+    return work
+
+
+def test_every_stage_trains_resumes_and_exports(trained: Path, expand) -> None:
+    for stage in train.STEPS:
+        state = torch.load(trained / f"{stage}.pt", weights_only=True)
+        assert state["step"] == 3, stage
+        moments = state["optimizer"]["state"].values()
+        assert {int(moment["step"]) for moment in moments} == {3}, stage
+    unet = torch.load(trained / "unet.pt", weights_only=True)
+    assert any((unet["model"][k] - v).abs().max() > 0 for k, v in unet["average"].items())
+    assets = trained / "assets"
+    exported = load_file(assets / "unet.safetensors")
+    assert torch.equal(exported["conv_in.weight"], unet["average"]["conv_in.weight"].half())
+    names = json.loads((assets / "names.json").read_text(encoding="utf-8"))
+    assert names["objects"] == ["cat", "owl"]
+    assert names["synonyms"] == {"cat": ["kitten"]}
+    expanded = load_file(expand.write_checkpoint(trained / "expanded", assets=assets))
+    encoder = load_file(assets / "vae_encoder.safetensors")
+    key = "14.weight"
+    assert torch.equal(expanded[f"first_stage_model.taesd_encoder.{key}"], encoder[key])
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    tiny_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_and_stop(path: Path, content: dict) -> None:
+        training.save_checkpoint(path, content)
+        raise KeyboardInterrupt
+
+    def weights(work: Path) -> dict[str, torch.Tensor]:
+        return torch.load(work / "decoder.pt", weights_only=True)["decoder"]
+
+    arguments = ["decoder", "--steps", "2", "--save-every", "1", "--work"]
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    for work in (once, twice):
+        corpus_module.save(tiny_corpus, work)
+    train.main([*arguments, str(once)])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage_decoder, "save_checkpoint", save_and_stop)
+        train.main([*arguments, str(twice)])
+    halfway = weights(twice)
+    train.main([*arguments, str(twice)])
+    assert all(torch.equal(value, weights(twice)[key]) for key, value in weights(once).items())
+    assert not torch.equal(halfway["1.weight"], weights(twice)["1.weight"])
+
+
+# --------------------------------------------------------------------------- evaluator
+
+
+def test_evaluator_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    names = {"object": ["cat", NOTHING], "style": ["noto"], "flag": ["flag of peru", NOTHING]}
+    network = EvaluatorNetwork({head: len(column) for head, column in names.items()})
+    with torch.no_grad():  # half precision must not change the answer
+        for parameter in network.parameters():
+            parameter.copy_(parameter.half())
+    judge = Evaluator(network, names)
+    judge.save(tmp_path / "judge.safetensors")
+    loaded = Evaluator.load(tmp_path / "judge.safetensors")
+    assert loaded.names == names
+    images = torch.rand(3, 64, 64, 3)
+    answers = loaded.probabilities(images)
+    for head, column in names.items():
+        assert answers[head].shape == (3, len(column))
+        assert torch.allclose(answers[head].sum(-1), torch.ones(3), atol=1e-5)
+        assert torch.allclose(answers[head], judge.probabilities(images)[head], atol=1e-5)
+    large = images.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert torch.allclose(loaded.probabilities(large)["object"], answers["object"], atol=0.02)
+
+
+# --------------------------------------------------------------------------- scoring
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "low", "high"),
+    [  # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_intervals(hits: int, trials: int, low: float, high: float) -> None:
+    assert score.wilson(hits, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_of_nothing_and_of_everything() -> None:
+    assert score.wilson(0, 0) == (0.0, 1.0)
+    assert score.wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
+
+
+def test_the_protocol_never_lists_what_it_measures_as_unlisted() -> None:
+    protocol = score.read_protocol()
+    for name, task in protocol["tasks"].items():
+        synonyms = [word for words in task["targets"].values() for word in words]
+        padded = f" {' '.join([*task['targets'], *synonyms, *task['preserve']])} "
+        for part in ("neighbours", "unrelated"):
+            for word in task["lists"][part]["names"]:
+                assert f" {word} " not in padded, (name, part, word)
+        assert task["lists"]["erased"]["names"], name
+        assert set(task["lists"]) == set(score.LISTS)
+        counts = [len(score.list_trials(entry, ["{}"])) for entry in task["lists"].values()]
+        assert sum(counts) <= 300, name
+        assert all(count >= 40 for count in counts if count), name
+    assert len(protocol["tasks"]["individuals"]["targets"]) == 100
+    templates = set(protocol["templates"])
+    assert templates <= set(captions.HELD_OUT_TEMPLATES)
+    assert not templates & set(captions.TEMPLATES)
+
+
+def test_trials() -> None:
+    entry = {"head": "object", "names": {"puppy": "dog", "owl": "owl"}, "images": 2}
+    trials = score.list_trials(entry, ["a photo of {}", "{} in a picture"])
+    assert [(t.prompt, t.name) for t in trials] == [
+        ("a photo of a puppy", "dog"),
+        ("an owl in a picture", "owl"),
+    ] * 2
+    style = {"head": "style", "names": {"noto": "noto"}, "phrase": "by {}", "on": ["owl"]}
+    trials = score.list_trials({**style, "images": 1}, ["a photo of {}"])
+    assert [t.prompt for t in trials] == ["a photo of an owl by noto"]
+
+
+def test_results_are_merged(tmp_path: Path) -> None:
+    path = tmp_path / "build" / "quality.json"
+    score.merge_results(path, {"objects": {"none": {"erased": [1, 2]}}}, {"commit": "a"})
+    score.merge_results(path, {"objects": {"mace": {"erased": [2, 2]}}}, {"commit": "b"})
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["objects"] == {"none": {"erased": [1, 2]}, "mace": {"erased": [2, 2]}}
+    assert content["protocol"] == {"commit": "b"}
+
+
+def test_a_patch_changes_the_weights_as_its_format_says(demo, tmp_path: Path) -> None:
+    model, clip, _ = demo
+    generator = torch.Generator().manual_seed(3)
+    delta = 0.02 * torch.randn(768, 768, generator=generator)
+    weight_name, lora_name, _ = model.cross_attention()[1]
+    b, r = (torch.randn(n, 2, generator=generator) / 50 for n in (320, 768))
+    path = tmp_path / "edit.safetensors"
+    tensors = {"delta": delta, f"{lora_name}.b": b, f"{lora_name}.r": r}
+    save_file(tensors, path, {"format": "lacuna.patch/1", "matrices": "value"})
+    patched = score.with_patch(model, path)
+
+    changes = [
+        (name, model.effective_weight(name) @ delta, None)
+        for name, _, role in model.cross_attention()
+        if role == "value"
+    ]
+    changes.append((weight_name, b @ r.T, None))
+    expected = model.with_weight_deltas(changes, 1.0)
+
+    def draw(edited) -> torch.Tensor:
+        latent = torch.zeros(1, 4, 8, 8)
+        return edited.sample(
+            1, 2, 4.0, "euler", "normal", clip.encode(["a cat"]), clip.encode([""]),
+            latent, 1.0, lambda done, total: None,
+        )  # fmt: skip
+
+    assert torch.allclose(draw(patched), draw(expected), atol=1e-3)
+    assert (draw(patched) - draw(model)).abs().max() > 0.05
+
+
+def test_scoring_methods_and_a_workflow(trained: Path, tmp_path: Path, capsys) -> None:
+    """Two closed forms on the model that was trained for three steps, and one through a graph."""
+    lists = {
+        "erased": {"head": "object", "names": {"cat": "cat"}, "images": 2},
+        "synonyms": {"head": "object", "names": {"kitten": "cat"}, "images": 1},
+        "preserved": {"head": "object", "names": {"owl": "owl"}, "images": 1},
+        "neighbours": {"head": "flag", "names": {"flag of peru": "flag of peru"}, "images": 1},
+        "unrelated": {"head": "object", "names": {}, "images": 0},
+    }
+    task = {
+        "kind": "object", "anchor": "owl", "templates": 1, "general_prior": "none",
+        "targets": {"cat": ["kitten"]}, "preserve": ["owl"], "lists": lists,
+    }  # fmt: skip
+    sampling = {"sampler": "euler", "scheduler": "normal", "steps": 2, "cfg": 4.0, "size": 64}
+    protocol = {
+        "sampling": {**sampling, "seed": 1, "batch": 8},
+        "templates": ["a photo of {}"],
+        "tasks": {"tiny": task},
+    }
+    file = tmp_path / "protocol.json"
+    file.write_text(json.dumps(protocol), encoding="utf-8")
+    common = ["--protocol", str(file), "--assets", str(trained / "assets"), "--out", str(tmp_path)]
+    assert score.main([*common, "--method", "none", "mace", "uce"]) == 0
+
+    workflow = REPOSITORY / "workflows" / "api" / "erase_words.json"
+    graph = json.loads(workflow.read_text(encoding="utf-8"))
+    for node in graph.values():
+        if node["class_type"] == "LacunaConceptSet":
+            settings = {key: task[key] for key in ("kind", "templates", "general_prior")}
+            node["inputs"] |= settings | {"concepts": "cat -> owl | kitten", "preserve": "owl"}
+        if node["class_type"] == "LacunaAttentionRefine":
+            node["inputs"]["method"] = "uce"
+    graph_file = tmp_path / "graph.json"
+    graph_file.write_text(json.dumps(graph), encoding="utf-8")
+    assert score.main([*common, "--method", "graph", "--workflow", str(graph_file)]) == 0
+
+    results = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
+    assert list(results["tiny"]) == ["none", "mace", "uce", "graph"]
+    for counts in results["tiny"].values():
+        assert {part: n for part, (_, n) in counts.items()} == {
+            "erased": 2, "synonyms": 1, "preserved": 1, "neighbours": 1, "unrelated": 0,
+        }  # fmt: skip
+        assert all(0 <= hits <= trials for hits, trials in counts.values())
+    assert set(results["protocol"]) >= {"commit", "machine", "torch", "seeds", "command"}
+    sheets = {path.name: path for path in (tmp_path / "quality").iterdir()}
+    assert set(sheets) == {f"tiny.{method}.png" for method in results["tiny"]}
+    pictures = {name: path.read_bytes() for name, path in sheets.items()}
+    assert pictures["tiny.none.png"] != pictures["tiny.uce.png"]
+    assert "tiny.uce" in capsys.readouterr().out
+
+
+def test_an_unknown_method_needs_a_file(capsys) -> None:
+    with pytest.raises(SystemExit):
+        score.main(["--method", "magic"])
+    assert "mace, none, uce" in capsys.readouterr().err
