@@ -33,7 +33,7 @@ def test_shape_of_the_file(tensors, demo_checkpoint):
     assert tensors["model.diffusion_model.input_blocks.0.0.weight"].shape == (320, 4, 3, 3)
     assert demo_checkpoint.stat().st_size < 310e6
     with safe_open(demo_checkpoint, framework="pt") as file:
-        assert "draft" in file.metadata()["modelspec.title"]
+        assert file.metadata()["modelspec.title"] == "Lacuna demo model"
 
 
 def test_trained_weights_arrive_unchanged(tensors):
@@ -78,8 +78,9 @@ def test_every_name_can_be_written_with_trained_tokens():
     tokenizer = make_tokenizer()
     known = set(load_file(ASSETS / "text_encoder.safetensors")["token_ids"].tolist())
     names = json.loads((ASSETS / "names.json").read_text(encoding="utf-8"))
-    assert len(names["objects"]) == 44 and len(names["flags"]) == 60
-    for name in (*names["objects"], *names["flags"]):
+    assert len(names["objects"]) == 47 and len(names["flags"]) == 160
+    synonyms = [word for words in names["synonyms"].values() for word in words]
+    for name in (*names["objects"], *synonyms, *names["flags"]):
         assert set(tokenizer.encode(name).ids) <= known, name
 
 

@@ -26,6 +26,7 @@ log = logging.getLogger("lacuna.demo_model")
 REPOSITORY = Path(__file__).resolve().parents[2]
 ASSETS = REPOSITORY / "assets" / "demo_model"
 BPE_FILE = REPOSITORY / "python_shim" / "data" / "bpe_simple_vocab_16e6.txt.gz"
+PARTS, OPTIONAL_PART = ("unet", "text_encoder", "vae_decoder"), "vae_encoder"
 
 CHANNELS, CONTEXT, TIME, LATENT = 320, 768, 1280, 4
 LAYERS, HIDDEN, VOCABULARY, WINDOW = 12, 3072, 49408, 77
@@ -217,8 +218,8 @@ def _identity_layer(layer: int) -> Weights:
 
 
 def demo_weights(assets: Path = ASSETS) -> dict[str, Weights | float]:
-    """The trained draft: UNet in diffusers names, full 12-layer text encoder, TAESD decoder."""
-    files = [assets / f"{name}.safetensors" for name in ("unet", "text_encoder", "vae_decoder")]
+    """The trained parts: diffusers UNet, 12-layer text encoder, TAESD decoder and encoder."""
+    files = [assets / f"{name}.safetensors" for name in PARTS]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise DemoModelError(
@@ -237,8 +238,18 @@ def demo_weights(assets: Path = ASSETS) -> dict[str, Weights | float]:
         "unet": unet,
         "text": text,
         "decoder": decoder,
+        "encoder": _encoder(assets),
         "latent_std": float(decoder_info["latent_std"]),
     }
+
+
+def _encoder(assets: Path) -> Weights:
+    """The trained encoder; zeros where there is none, because ComfyUI expects its keys."""
+    file = assets / f"{OPTIONAL_PART}.safetensors"
+    if file.is_file():
+        return _read(file)[0]
+    shapes = taesd_shapes(TAESD_ENCODER, 3, LATENT)
+    return {key: torch.zeros(shape) for key, shape in shapes.items()}
 
 
 def random_weights(seed: int) -> dict[str, Weights | float]:
@@ -251,7 +262,14 @@ def random_weights(seed: int) -> dict[str, Weights | float]:
     )
     decoder = _random(taesd_shapes(TAESD_DECODER, LATENT, 3), generator, gain=1.0)
     decoder[f"{TAESD_DECODER['last']}.bias"] += 0.5
-    return {"unet_ldm": unet, "text": text, "decoder": decoder, "latent_std": 1.0}
+    encoder = _random(taesd_shapes(TAESD_ENCODER, 3, LATENT), generator, gain=1.0)
+    return {
+        "unet_ldm": unet,
+        "text": text,
+        "decoder": decoder,
+        "encoder": encoder,
+        "latent_std": 1.0,
+    }
 
 
 def single_file(weights: dict) -> Weights:
@@ -259,14 +277,12 @@ def single_file(weights: dict) -> Weights:
     unet = weights.get("unet_ldm") or {
         ldm_unet_key(key): value for key, value in weights["unet"].items()
     }
-    # ComfyUI expects encoder keys as well; there is no trained encoder, so they are zero.
-    encoder = {
-        key: torch.zeros(shape) for key, shape in taesd_shapes(TAESD_ENCODER, 3, LATENT).items()
-    }
+    encoder = weights["encoder"]
     expected = {
         "UNet": (unet, unet_shapes()),
         "text encoder": (weights["text"], text_shapes()),
         "VAE decoder": (weights["decoder"], taesd_shapes(TAESD_DECODER, LATENT, 3)),
+        "VAE encoder": (encoder, taesd_shapes(TAESD_ENCODER, 3, LATENT)),
     }
     for part, (tensors, shapes) in expected.items():
         wrong = {
@@ -327,9 +343,9 @@ def write_checkpoint(out: Path, random: bool = False, seed: int = 0, assets: Pat
         title = f"Lacuna shapes with random weights (seed {seed})"
     else:
         path = out / "lacuna_demo.safetensors"
-        parts = [assets / f"{name}.safetensors" for name in ("unet", "text_encoder", "vae_decoder")]
+        parts = [assets / f"{name}.safetensors" for name in (*PARTS, OPTIONAL_PART)]
         source = _source_hash([this_script, *(part for part in parts if part.is_file())], "demo")
-        title = "Lacuna demo model (draft)"
+        title = "Lacuna demo model"
     if _already_there(path, source):
         log.info("%s is up to date", path)
         return path
@@ -350,8 +366,7 @@ def write_diffusers_folder(out: Path, assets: Path = ASSETS) -> Path:
         }
 
     decoder = {_tiny_key(key): value for key, value in weights["decoder"].items()}
-    encoder = {f"encoder.layers.{key}": torch.zeros(shape)
-               for key, shape in taesd_shapes(TAESD_ENCODER, 3, LATENT).items()}  # fmt: skip
+    encoder = {f"encoder.layers.{key}": value for key, value in weights["encoder"].items()}
     _save(half(weights["unet"]), folder / "unet" / "diffusion_pytorch_model.safetensors", {})
     _save(half(weights["text"], "text_model."), folder / "text_encoder" / "model.safetensors", {})
     _save(half(decoder | encoder), folder / "vae" / "diffusion_pytorch_model.safetensors", {})

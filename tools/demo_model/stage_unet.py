@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage UNet: noise prediction on the frozen latents under the frozen text encoder."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+from dataclasses import dataclass
+
+import corpus as corpus_module
+import torch
+from captions import caption
+from corpus import OBJECT, Corpus, draw_backgrounds, render
+from networks import WIDTH, WINDOW, PatchEncoder, alphas_cumprod, load_weights, make_unet
+from stage_decoder import load_latent_space
+from stage_text import load_text_encoder
+from training import (
+    Options,
+    Progress,
+    clip_and_step,
+    learning_rate,
+    load_checkpoint,
+    save_checkpoint,
+    set_learning_rate,
+    step_generator,
+)
+
+log = logging.getLogger("lacuna.demo_model")
+
+BATCH = 24
+PEAK = 3e-4
+EMA_DECAY = 0.999
+EMPTY_CAPTIONS = 0.1
+SNR_LIMIT = 5.0
+OBJECT_SHARE = 0.5  # of the pictures
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Captions encoded beforehand; the pictures are rendered anew at every step."""
+
+    records: torch.Tensor  # int64 [n]: which record each caption describes
+    backgrounds: list[str]  # [n]
+    prompts: list[str]  # [n]
+    rows: torch.Tensor  # int64 [n]: where the caption's hidden states stand in `hidden`
+    hidden: torch.Tensor  # float16 [distinct captions + 1, WINDOW, WIDTH]; the last: no caption
+    weights: torch.Tensor  # float32 [n]: how often an entry is drawn, relatively
+
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.multinomial(self.weights, count, replacement=True, generator=generator)
+
+
+def choose_captions(corpus: Corpus, per_image: int, seed: int) -> tuple[list[int], list[str], list]:
+    """Records, backgrounds and captions of the pool."""
+    rng, generator = random.Random(f"pool {seed}"), step_generator(seed, -1)
+    records = [index for index in range(len(corpus.records)) for _ in range(per_image)]
+    backgrounds = draw_backgrounds(len(records), generator)
+    prompts = [
+        caption(corpus.records[index], background, rng)
+        for index, background in zip(records, backgrounds, strict=True)
+    ]
+    return records, backgrounds, prompts
+
+
+def make_pool(corpus: Corpus, options: Options) -> Pool:
+    """Encode the pool's captions, or read what an earlier run encoded."""
+    records, backgrounds, prompts = choose_captions(corpus, options.pool, options.seed)
+    distinct = [*sorted(set(prompts)), ""]
+    cache = options.work / "captions.pt"
+    state = load_checkpoint(cache)
+    if state is None or state["prompts"] != distinct:
+        encoder = load_text_encoder(options)
+        hidden = torch.empty(len(distinct), WINDOW, WIDTH, dtype=torch.float16)
+        for start in range(0, len(distinct), 32):
+            part = distinct[start : start + 32]
+            hidden[start : start + 32] = encoder(encoder.rows(part)).half()
+        log.info("encoded %d distinct captions", len(distinct))
+        state = {"prompts": distinct, "hidden": hidden}
+        save_checkpoint(cache, state)
+    row = {prompt: index for index, prompt in enumerate(distinct)}
+    is_object = torch.tensor([corpus.records[index].kind == OBJECT for index in records])
+    objects = max(int(is_object.sum()), 1)
+    flags = max(len(records) - int(is_object.sum()), 1)
+    return Pool(
+        torch.tensor(records),
+        backgrounds,
+        prompts,
+        torch.tensor([row[prompt] for prompt in prompts]),
+        state["hidden"],
+        torch.where(is_object, OBJECT_SHARE / objects, (1 - OBJECT_SHARE) / flags),
+    )
+
+
+@torch.no_grad()
+def draw_latents(
+    corpus: Corpus,
+    pool: Pool,
+    entries: torch.Tensor,
+    encoder: PatchEncoder,
+    latent_std: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Latents of unit variance of fresh renderings of the pool's entries."""
+    pictures = render(
+        corpus,
+        pool.records[entries].tolist(),
+        [pool.backgrounds[int(entry)] for entry in entries],
+        generator,
+    )
+    return encoder(pictures) / latent_std
+
+
+def run(options: Options) -> None:
+    """Train until `options.steps` steps are done in all."""
+    torch.manual_seed(options.seed)
+    device = torch.device(options.device)
+    corpus = corpus_module.load(options.work)
+    encoder, latent_std = load_latent_space(options)
+    pool = make_pool(corpus, options)
+    unet = make_unet()
+    if options.start:
+        load_weights(unet, options.start / "unet.safetensors")
+    unet.to(device)
+    average = copy.deepcopy(unet).requires_grad_(False)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=PEAK, weight_decay=0.01, fused=True)
+    done = 0
+    if state := load_checkpoint(options.checkpoint("unet")):
+        unet.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+    parameters, averages = list(unet.parameters()), list(average.parameters())
+    signal = alphas_cumprod()
+    ratio = signal / (1 - signal)
+    importance = ratio.clamp(max=SNR_LIMIT) / ratio  # min-SNR weights, as the density of the times
+    progress = Progress("unet", options.steps)
+    for step in range(done, options.steps):
+        set_learning_rate(optimizer, learning_rate(step, options.steps, PEAK, hold=0.3))
+        generator = step_generator(options.seed, step)
+        entries = pool.draw(BATCH, generator)
+        latents = draw_latents(corpus, pool, entries, encoder, latent_std, generator)
+        rows = pool.rows[entries]
+        rows[torch.rand(BATCH, generator=generator) < EMPTY_CAPTIONS] = len(pool.hidden) - 1
+        times = torch.multinomial(importance, BATCH, replacement=True, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        a = signal[times]
+        shape = (-1, 1, 1, 1)
+        noisy = a.sqrt().view(shape) * latents + (1 - a).sqrt().view(shape) * noise
+        guess = unet(
+            noisy.to(device), times.to(device), pool.hidden[rows].to(device).float()
+        ).sample
+        loss = (guess - noise.to(device)).square().mean()
+        clip_and_step(loss, optimizer, parameters)
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
+        progress(step + 1, loss=loss.item())
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+            save_checkpoint(
+                options.checkpoint("unet"),
+                {
+                    "model": unet.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                },
+            )

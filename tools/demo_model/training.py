@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all training stages share: options, schedule, checkpoints, progress lines."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("lacuna.demo_model")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a stage."""
+
+    work: Path  # corpus, checkpoints
+    steps: int  # total, counted over all runs of the stage
+    seed: int = 0
+    device: str = "cpu"
+    start: Path | None = None  # folder of compact weights to continue from
+    save_every: int = 100
+    pool: int = 24  # captions per image (UNet stage)
+
+    def checkpoint(self, stage: str) -> Path:
+        return self.work / f"{stage}.pt"
+
+
+def learning_rate(
+    step: int, total: int, peak: float, warmup: int = 100, hold: float = 0.6, floor: float = 0.03
+) -> float:
+    """Warm up linearly, hold until the fraction `hold` of the steps, then fall linearly."""
+    rise = min(1.0, (step + 1) / warmup)
+    fall = max(floor, min(1.0, (1 - step / max(total, 1)) / (1 - hold)))
+    return peak * rise * fall
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value * group.get("factor", 1.0)
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write so that the file is whole at any moment."""
+    temporary = path.with_name(path.name + ".part")
+    torch.save(content, temporary)
+    temporary.replace(path)
+
+
+def load_checkpoint(path: Path) -> dict | None:
+    """The stage's checkpoint, or None where it has not begun."""
+    return torch.load(path, weights_only=True) if path.is_file() else None
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Random numbers of one step: a resumed run draws what an uninterrupted one would."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+class Progress:
+    """A line with running means every few steps."""
+
+    def __init__(self, stage: str, total: int, every: int = 10) -> None:
+        self._stage, self._total, self._every = stage, total, every
+        self._means: dict[str, float] = {}
+        self._since, self._steps = time.monotonic(), 0
+
+    def __call__(self, step: int, **figures: float) -> None:
+        """Report that `step` steps are done."""
+        for name, value in figures.items():
+            self._means[name] = 0.98 * self._means.get(name, value) + 0.02 * value
+        self._steps += 1
+        if step % self._every and step != self._total:
+            return
+        seconds = (time.monotonic() - self._since) / self._steps
+        text = "  ".join(f"{name} {value:.4f}" for name, value in self._means.items())
+        log.info(
+            "%s %s %d/%d  %s  %.2f s/step",
+            time.strftime("%H:%M:%S"), self._stage, step, self._total, text, seconds,
+        )  # fmt: skip
+        self._since, self._steps = time.monotonic(), 0
+
+
+def clip_and_step(
+    loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]
+) -> None:
+    """One optimiser step with the gradient's norm limited to 1."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
