@@ -362,10 +362,11 @@ def test_a_real_error_is_one_sentence(command, capsys):
 
 def _read_until_closed(terminal: int, seconds: float) -> bytes:
     """A process that writes to a terminal nobody reads from is stuck once the buffer is full."""
-    read = b""
+    read, deadline = b"", time.monotonic() + seconds
     try:
-        while select.select([terminal], [], [], seconds)[0]:
-            read += os.read(terminal, 1000)
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([terminal], [], [], left)[0]:
+                read += os.read(terminal, 1000)
     except OSError:  # the other end is gone
         pass
     return read
@@ -381,6 +382,8 @@ def test_ctrl_c_stops_a_real_run_within_two_seconds(command):
         [sys.executable, "-m", "python_shim", *command(real_workflow(10_000))],
         cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=stderr,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # A shell's background job has Ctrl-C switched off, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(stderr)
     seen = b""
