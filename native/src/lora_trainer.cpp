@@ -611,6 +611,11 @@ class Trainer {
       job.result.pairs[layer.key.lora_name] = plain(job.pairs.at(layer.name).key);
       job.result.pairs[layer.value.lora_name] = plain(job.pairs.at(layer.name).value);
     }
+    // As in a bundle's file: a hundred concepts fit into memory, and saving them changes nothing.
+    for (at::Tensor* statistic : {&job.result.prompt_gram, &job.result.map_shift,
+                                  &job.result.refinement_gram, &job.result.refinement_shift}) {
+      if (statistic->defined()) *statistic = statistic->to(at::kFloat);
+    }
     ordered_json how;
     how["recipe"] = ordered_json::parse(recipe(options_, training_.refinement, training_.images));
     how["steps"] = options_.steps;

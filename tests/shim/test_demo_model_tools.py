@@ -360,7 +360,7 @@ def test_a_patch_changes_the_weights_as_its_format_says(demo, tmp_path: Path) ->
 
 
 def test_scoring_methods_and_a_workflow(trained: Path, tmp_path: Path, capsys) -> None:
-    """Two closed forms on the model that was trained for three steps, and one through a graph."""
+    """All methods on the model that was trained for three steps, and one edit through a graph."""
     lists = {
         "erased": {"head": "object", "names": {"cat": "cat"}, "images": 2},
         "synonyms": {"head": "object", "names": {"kitten": "cat"}, "images": 1},
@@ -373,15 +373,22 @@ def test_scoring_methods_and_a_workflow(trained: Path, tmp_path: Path, capsys) -
         "targets": {"cat": ["kitten"]}, "preserve": ["owl"], "lists": lists,
     }  # fmt: skip
     sampling = {"sampler": "euler", "scheduler": "normal", "steps": 2, "cfg": 4.0, "size": 64}
+    training = {
+        "steps": 2, "learning_rate": 0.1, "images": 1, "sampling_steps": 2,
+        "width": 64, "height": 64,
+    }  # fmt: skip
     protocol = {
         "sampling": {**sampling, "seed": 1, "batch": 8},
         "templates": ["a photo of {}"],
+        "training": {"full": training, "cached": training},
         "tasks": {"tiny": task},
     }
     file = tmp_path / "protocol.json"
     file.write_text(json.dumps(protocol), encoding="utf-8")
     common = ["--protocol", str(file), "--assets", str(trained / "assets"), "--out", str(tmp_path)]
-    assert score.main([*common, "--method", "none", "mace", "uce"]) == 0
+    assert score.main([*common, "--method", *score.METHODS]) == 0
+    bundles = sorted(path.name for path in (tmp_path / "quality" / "bundles").glob("*/*"))
+    assert bundles == ["tiny_cached_00001_.safetensors", "tiny_full_00001_.safetensors"]
 
     workflow = REPOSITORY / "workflows" / "api" / "erase_words.json"
     graph = json.loads(workflow.read_text(encoding="utf-8"))
@@ -396,21 +403,21 @@ def test_scoring_methods_and_a_workflow(trained: Path, tmp_path: Path, capsys) -
     assert score.main([*common, "--method", "graph", "--workflow", str(graph_file)]) == 0
 
     results = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
-    assert list(results["tiny"]) == ["none", "mace", "uce", "graph"]
+    assert list(results["tiny"]) == [*score.METHODS, "graph"]
     for counts in results["tiny"].values():
         assert {part: n for part, (_, n) in counts.items()} == {
             "erased": 2, "synonyms": 1, "preserved": 1, "neighbours": 1, "unrelated": 0,
         }  # fmt: skip
         assert all(0 <= hits <= trials for hits, trials in counts.values())
     assert set(results["protocol"]) >= {"commit", "machine", "torch", "seeds", "command"}
-    sheets = {path.name: path for path in (tmp_path / "quality").iterdir()}
+    sheets = {path.name: path for path in (tmp_path / "quality").glob("*.png")}
     assert set(sheets) == {f"tiny.{method}.png" for method in results["tiny"]}
     pictures = {name: path.read_bytes() for name, path in sheets.items()}
-    assert pictures["tiny.none.png"] != pictures["tiny.uce.png"]
+    assert len(set(pictures.values())) == len(pictures)
     assert "tiny.uce" in capsys.readouterr().out
 
 
 def test_an_unknown_method_needs_a_file(capsys) -> None:
     with pytest.raises(SystemExit):
         score.main(["--method", "magic"])
-    assert "mace, none, uce" in capsys.readouterr().err
+    assert "none, mace, uce, full, cached, naive_lora_sum run" in capsys.readouterr().err

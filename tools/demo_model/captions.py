@@ -51,7 +51,7 @@ def caption(record: Record, background: str, rng: random.Random) -> str:
     thing = with_article(word) if rng.random() < 0.6 else word
     template = rng.choice(TEMPLATES) if rng.random() < 0.7 else "a photo of {}"
     text = template.format(thing)
-    if record.kind == OBJECT and rng.random() < 0.45:
+    if record.kind == OBJECT and rng.random() < 0.6:
         text += rng.choice(STYLE_PHRASES).format(record.style)
     if background != "white" or rng.random() < 0.2:
         text += BACKGROUND_PHRASE.format(background)

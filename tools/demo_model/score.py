@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score an edit of the demo model by the fixed protocol (protocol.json).
 
-python tools/demo_model/score.py --task objects --method none mace uce
+python tools/demo_model/score.py --task objects --method none mace uce full cached naive_lora_sum
 python tools/demo_model/score.py --task individuals --method my_lora --lora FILE.safetensors
 python tools/demo_model/score.py --task weapons --method my_graph --workflow GRAPH.json
 python tools/demo_model/score.py gates
 
-`none`, `mace` and `uce` run here; any other method name labels what --checkpoint, --lora, --patch
-or --workflow bring. Lists: erased and synonyms count pictures in which the evaluator does NOT name
-the erased concept; preserved (listed for the method), neighbours (similar, listed nowhere) and
+`none`, the closed forms `mace` and `uce`, and the trained methods run here: `full` and `cached`
+(mace, LoRA Erase with that gradient, LoRA Fuse) and `naive_lora_sum` (mace and the plain sum of the
+LoRAs of `full`). Trained concepts are kept in build/quality/bundles and trained again only when an
+option or the model changed. Any other method name labels what --checkpoint, --lora, --patch or
+--workflow bring. Lists: erased and synonyms count pictures in which the evaluator does NOT name the
+erased concept; preserved (listed for the method), neighbours (similar, listed nowhere) and
 unrelated count pictures in which it names what the prompt says. Pictures come from the headless
 host. Results are merged into build/quality.json; one contact sheet per task and method lies in
 build/quality/.
@@ -47,6 +50,9 @@ PROTOCOL = Path(__file__).with_name("protocol.json")
 LISTS = ("erased", "synonyms", "preserved", "neighbours", "unrelated")
 NEGATED = ("erased", "synonyms")  # a hit is that the concept is NOT seen
 CLOSED_FORMS = ("mace", "uce")
+GRADIENTS = ("full", "cached")
+NAIVE_SUM = "naive_lora_sum"
+METHODS = ("none", *CLOSED_FORMS, *GRADIENTS, NAIVE_SUM)
 
 
 @dataclass(frozen=True)
@@ -134,24 +140,96 @@ class Studio:
 # --------------------------------------------------------------------------- edited models
 
 
-def refine(pack: Any, model: Any, clip: Any, task: dict[str, Any], method: str) -> Any:
-    """The model after the closed form `method` for the task's concepts."""
-    lines = [
-        f"{target} -> {task['anchor']}" + (f" | {', '.join(synonyms)}" if synonyms else "")
-        for target, synonyms in task["targets"].items()
-    ]
-    concepts = pack.run(
-        "LacunaConceptSet",
-        {
+class Editor:
+    """Edits the base model for a task, with the nodes themselves."""
+
+    def __init__(
+        self, pack: Any, model: Any, clip: Any, training: dict[str, Any], bundles: Path
+    ) -> None:
+        self._pack, self._model, self._clip = pack, model, clip
+        self._training, self._bundles = training, bundles
+
+    def edit(self, name: str, task: dict[str, Any], method: str) -> Any:
+        """The model after `method` for the task's concepts."""
+        if method == "none":
+            return self._model
+        concepts = self._concepts(task)
+        if method in CLOSED_FORMS:
+            return self._refine(concepts, method)[0]
+        refined, refinement = self._refine(concepts, "mace")[:2]
+        gradient = "full" if method == NAIVE_SUM else method
+        loras, file = self._train(name, concepts, refinement, gradient)
+        if method == NAIVE_SUM:
+            return sum_loras(refined, file)
+        inputs = {"model": self._model, "clip": self._clip, "loras": loras}
+        return self._run("LacunaLoRAFuse", inputs)[0]
+
+    def _run(self, node: str, inputs: dict[str, Any]) -> list[Any]:
+        from python_shim import cli
+
+        progress = cli.ProgressLine(sys.stderr)
+        try:
+            return self._pack.run(node, inputs, progress)
+        finally:
+            progress.clear()
+
+    def _concepts(self, task: dict[str, Any]) -> Any:
+        lines = [
+            f"{target} -> {task['anchor']}" + (f" | {', '.join(synonyms)}" if synonyms else "")
+            for target, synonyms in task["targets"].items()
+        ]
+        inputs = {
             "concepts": "\n".join(lines),
             "kind": task["kind"],
             "preserve": "\n".join(task["preserve"]),
             "general_prior": task.get("general_prior", "small"),
             "templates": task["templates"],
-        },
-    )[0]
-    inputs = {"model": model, "clip": clip, "concepts": concepts, "method": method}
-    return pack.run("LacunaAttentionRefine", inputs)[0]
+        }
+        return self._run("LacunaConceptSet", inputs)[0]
+
+    def _refine(self, concepts: Any, method: str) -> list[Any]:
+        inputs = {"model": self._model, "clip": self._clip, "concepts": concepts, "method": method}
+        return self._run("LacunaAttentionRefine", inputs)
+
+    def _train(self, name: str, concepts: Any, refinement: Any, gradient: str) -> tuple[Any, Path]:
+        """LORAS of the task, and the bundle file that holds them."""
+        prefix = f"{self._model.fingerprint[:12]}/{name}_{gradient}"
+        inputs = {
+            "model": self._model, "clip": self._clip, "concepts": concepts,
+            "refinement": refinement, "gradient": gradient, **self._training[gradient],
+        }  # fmt: skip
+        file = self._bundles / f"{prefix}_00001_.safetensors"
+        if file.is_file():
+            relative = str(file.relative_to(self._bundles))
+            inputs["loras"] = self._run("LacunaLoadBundle", {"file": relative})[0]
+        loras, _, _, report = self._run("LacunaLoRAErase", inputs)
+        log.info("%s", report)
+        file.unlink(missing_ok=True)
+        self._run("LacunaSaveBundle", {"loras": loras, "filename_prefix": prefix})
+        return loras, file
+
+
+def sum_loras(model: Any, bundle: Path) -> Any:
+    """The model with every LoRA of a bundle added as it is: W + sum up down, without fusion."""
+    from safetensors import safe_open
+
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    with safe_open(bundle, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            if ".lora." in key and key.endswith(".up"):
+                up, down = file.get_tensor(key), file.get_tensor(key.removesuffix("up") + "down")
+                lora_name = key.split(".lora.")[1].removesuffix(".up")
+                pairs.setdefault(lora_name, []).append((up, down))
+    changes = [
+        (
+            weight,
+            torch.cat([up for up, _ in pairs[name]], 1),
+            torch.cat([d for _, d in pairs[name]]),
+        )
+        for weight, name, _ in model.cross_attention()
+        if name in pairs
+    ]
+    return model.with_weight_deltas(changes, 1.0)
 
 
 def with_patch(model: Any, path: Path) -> Any:
@@ -285,8 +363,8 @@ def print_table(rows: dict[str, dict[str, list[int]]]) -> None:
 # --------------------------------------------------------------------------- commands
 
 
-def score(options: argparse.Namespace, studio: Studio, pack: Any, host: Any) -> None:
-    """Run the protocol's tasks for the methods asked for."""
+def score(options: argparse.Namespace, studio: Studio, pack: Any, host: Any, bundles: Path) -> None:
+    """Run the protocol's tasks for the methods asked for; bundles: the pack's output folder."""
     protocol = read_protocol(options.protocol)
     base, clip, _ = host.load_checkpoint("")
     brought = None
@@ -296,18 +374,16 @@ def score(options: argparse.Namespace, studio: Studio, pack: Any, host: Any) -> 
         brought = with_patch(base, options.patch)
     elif options.workflow:
         brought = from_workflow(pack, host, options.workflow)
+    elif options.checkpoint and not set(METHODS).issuperset(options.method):
+        brought = base
+    editor = Editor(pack, base, clip, protocol["training"], bundles)
     tasks = list(protocol["tasks"]) if options.task == ["all"] else options.task
     table = {}
     for name in tasks:
         task = protocol["tasks"][name]
         for method in options.method:
             started = time.monotonic()
-            if brought is not None:
-                model = brought
-            elif method in CLOSED_FORMS:
-                model = refine(pack, base, clip, task, method)
-            else:
-                model = base
+            model = editor.edit(name, task, method) if brought is None else brought
             edited = time.monotonic()
             outcomes = {
                 part: studio.judge(
@@ -392,9 +468,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cfg", type=float, help="instead of the protocol's (gates)")
     options = parser.parse_args(arguments)
     brings = options.lora or options.patch or options.workflow or options.checkpoint
-    known = {"none", *CLOSED_FORMS}
-    if not brings and not known.issuperset(options.method):
-        parser.error(f"only {', '.join(sorted(known))} run without a file that brings the edit")
+    if not brings and not set(METHODS).issuperset(options.method):
+        parser.error(f"only {', '.join(METHODS)} run without a file that brings the edit")
     if (options.lora or options.patch or options.workflow) and len(options.method) != 1:
         parser.error("a file that brings an edit needs one --method name as its label")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -411,7 +486,10 @@ def main(arguments: list[str] | None = None) -> int:
         cache_directory=folder / "cache",
     )
     _, clip, vae = host.load_checkpoint("")
-    sampling = dict(read_protocol(options.protocol)["sampling"])
+    protocol = read_protocol(options.protocol)
+    sampling = dict(protocol["sampling"])
+    if options.command == "gates":
+        sampling |= protocol["gates"]
     if options.cfg:
         sampling["cfg"] = options.cfg
     judge = Evaluator.load(options.assets / "evaluator.safetensors")
@@ -419,7 +497,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "gates":
         gates(options, studio, host)
     else:
-        score(options, studio, loader.load().NodePack(), host)
+        bundles = options.out / "quality" / "bundles"
+        score(options, studio, loader.load().NodePack(str(bundles)), host, bundles)
     return 0
 
 

@@ -29,11 +29,11 @@ from training import (
 log = logging.getLogger("lacuna.demo_model")
 
 BATCH = 24
-PEAK = 3e-4
+PEAK = 4e-4
 EMA_DECAY = 0.999
 EMPTY_CAPTIONS = 0.1
 SNR_LIMIT = 5.0
-OBJECT_SHARE = 0.5  # of the pictures
+OBJECT_SHARE = 0.7  # of the pictures
 
 
 @dataclass(frozen=True)

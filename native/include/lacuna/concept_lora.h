@@ -20,8 +20,8 @@ struct LoraPair {
 
 // What one concept contributes to a fusion (MACE Eq. 7 in the form of independent terms): the
 // LoRA, and the statistics of the concept's own prompts. Depends on the concept, the base model,
-// the options and the seed only, never on other concepts. Matrices are [d, d] on the CPU: float64
-// as trained, float32 as read from a file.
+// the options and the seed only, never on other concepts. Matrices are [d, d] on the CPU,
+// float32 as in files.
 struct ConceptLora {
   Concept item;
   std::map<std::string, LoraPair> pairs;  // by AttentionProjection::lora_name
