@@ -417,6 +417,14 @@ def test_scoring_methods_and_a_workflow(trained: Path, tmp_path: Path, capsys) -
     assert "tiny.uce" in capsys.readouterr().out
 
 
+def test_results_as_a_table() -> None:
+    counts = {part: [0, 20] for part in score.LISTS} | {"synonyms": [0, 0]}
+    table = score.markdown_table({"one": {"mine": counts, "none": counts}, "protocol": {}})
+    lines = table.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| one", "none"], ["| one", "mine"]]
+    assert lines[2].count("0/20 [0.00, 0.16]") == 4 and " - " in lines[2]
+
+
 def test_an_unknown_method_needs_a_file(capsys) -> None:
     with pytest.raises(SystemExit):
         score.main(["--method", "magic"])

@@ -5,6 +5,7 @@ python tools/demo_model/score.py --task objects --method none mace uce full cach
 python tools/demo_model/score.py --task individuals --method my_lora --lora FILE.safetensors
 python tools/demo_model/score.py --task weapons --method my_graph --workflow GRAPH.json
 python tools/demo_model/score.py gates
+python tools/demo_model/score.py table         build/quality.json as Markdown
 
 `none`, the closed forms `mace` and `uce`, and the trained methods run here: `full` and `cached`
 (mace, LoRA Erase with that gradient, LoRA Fuse) and `naive_lora_sum` (mace and the plain sum of the
@@ -360,6 +361,22 @@ def print_table(rows: dict[str, dict[str, list[int]]]) -> None:
         print(f"{label:{width}}", *(f"{cell(*counts):>18}" for counts in lists.values()))
 
 
+def markdown_table(results: dict[str, Any]) -> str:
+    """What quality.json holds: hits of trials and the interval, a row for every task and method."""
+    lines = ["| task | method | " + " | ".join(LISTS) + " |", "|---" * (2 + len(LISTS)) + "|"]
+    for task, methods in results.items():
+        if task == "protocol":
+            continue
+        for method in sorted(methods, key=lambda m: METHODS.index(m) if m in METHODS else 99):
+            cells = []
+            for part in LISTS:
+                hits, trials = methods[method][part]
+                low, high = wilson(hits, trials)
+                cells.append(f"{hits}/{trials} [{low:.2f}, {high:.2f}]" if trials else "-")
+            lines.append(f"| {task} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 # --------------------------------------------------------------------------- commands
 
 
@@ -449,7 +466,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=("tasks", "gates"), default="tasks")
+    parser.add_argument("command", nargs="?", choices=("tasks", "gates", "table"), default="tasks")
     parser.add_argument("--task", nargs="+", default=["all"], metavar="NAME",
                         help="tasks of the protocol, or all")  # fmt: skip
     parser.add_argument("--method", nargs="+", default=["none"], metavar="NAME")
@@ -467,6 +484,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=500, help="pictures of objects (gates)")
     parser.add_argument("--cfg", type=float, help="instead of the protocol's (gates)")
     options = parser.parse_args(arguments)
+    if options.command == "table":
+        print(markdown_table(json.loads((options.out / "quality.json").read_text("utf-8"))))
+        return 0
     brings = options.lora or options.patch or options.workflow or options.checkpoint
     if not brings and not set(METHODS).issuperset(options.method):
         parser.error(f"only {', '.join(METHODS)} run without a file that brings the edit")

@@ -13,6 +13,7 @@ from networks import PatchEncoder, load_weights, make_decoder, start_near_identi
 from safetensors import safe_open
 from torch import nn
 from training import (
+    ConvolutionOptimizer,
     Options,
     Progress,
     clip_and_step,
@@ -24,7 +25,7 @@ from training import (
 )
 
 BATCH = 12
-PEAK_SCRATCH, PEAK_CONTINUED = 2e-3, 1e-3
+PEAK = 2e-3
 LATENT_NOISE = 0.03
 SQUARE_WEIGHT = 10.0
 
@@ -76,18 +77,16 @@ def run(options: Options) -> None:
     torch.manual_seed(options.seed)
     corpus = corpus_module.load(options.work)
     encoder, decoder = PatchEncoder(), start_near_identity(make_decoder())
-    peak = PEAK_SCRATCH
     if options.start:
         encoder, latent_std = load_latent_space(options)
         load_weights(decoder, options.start / "vae_decoder.safetensors")
-        peak = PEAK_CONTINUED
     device = torch.device(options.device)
     encoder.to(device)
     decoder.to(device, memory_format=torch.channels_last)
     trained = list(decoder.parameters())
     if not options.start:
         trained = list(chain(encoder.parameters(), trained))
-    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=1e-4)
+    optimizer = ConvolutionOptimizer(trained, PEAK)
     done = 0
     if state := load_checkpoint(options.checkpoint("decoder")):
         encoder.load_state_dict(state["encoder"])
@@ -96,7 +95,7 @@ def run(options: Options) -> None:
         done = state["step"]
     progress = Progress("decoder", options.steps)
     for step in range(done, options.steps):
-        set_learning_rate(optimizer, learning_rate(step, options.steps, peak, 50, 0.5, 0.02))
+        set_learning_rate(optimizer, learning_rate(step, options.steps, PEAK, 50, 0.3, 0.02))
         generator = step_generator(options.seed, step)
         pictures = draw_pictures(corpus, BATCH, generator)
         noise = torch.randn(BATCH, 4, 8, 8, generator=generator).to(device)

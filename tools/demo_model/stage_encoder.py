@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from networks import make_encoder, start_near_identity
 from stage_decoder import draw_pictures, load_latent_space
 from training import (
+    ConvolutionOptimizer,
     Options,
     Progress,
     clip_and_step,
@@ -30,7 +31,7 @@ def run(options: Options) -> None:
     corpus = corpus_module.load(options.work)
     teacher, latent_std = load_latent_space(options)
     encoder = start_near_identity(make_encoder()).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=PEAK, weight_decay=1e-4)
+    optimizer = ConvolutionOptimizer(encoder.parameters(), PEAK)
     done = 0
     if state := load_checkpoint(options.checkpoint("encoder")):
         encoder.load_state_dict(state["encoder"])

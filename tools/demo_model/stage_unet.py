@@ -29,7 +29,7 @@ from training import (
 log = logging.getLogger("lacuna.demo_model")
 
 BATCH = 24
-PEAK = 4e-4
+PEAK = 3e-4
 EMA_DECAY = 0.999
 EMPTY_CAPTIONS = 0.1
 SNR_LIMIT = 5.0
@@ -136,7 +136,7 @@ def run(options: Options) -> None:
     importance = ratio.clamp(max=SNR_LIMIT) / ratio  # min-SNR weights, as the density of the times
     progress = Progress("unet", options.steps)
     for step in range(done, options.steps):
-        set_learning_rate(optimizer, learning_rate(step, options.steps, PEAK, hold=0.3))
+        set_learning_rate(optimizer, learning_rate(step, options.steps, PEAK, hold=0.2))
         generator = step_generator(options.seed, step)
         entries = pool.draw(BATCH, generator)
         latents = draw_latents(corpus, pool, entries, encoder, latent_std, generator)
