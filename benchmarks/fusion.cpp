@@ -122,12 +122,11 @@ std::shared_ptr<const ConceptLora> draw(int64_t index, BenchModel& model,
   item->item.anchor = "scenery";
   const at::Tensor gram = embeddings.gram(kPrompts);
   const at::Tensor shift = at::randn({kWidth, 8}, at::kDouble) * 0.01;
-  item->map_shift =
+  item->refinement_shift =
       at::matmul(at::matmul(shift, at::randn({8, kWidth}, at::kDouble)), gram).to(at::kFloat);
   item->prompt_gram = gram.to(at::kFloat);
-  // Only mode 'joint' reads these; a bundle holds them all the same.
+  // Only mode 'joint' reads it; a bundle holds it all the same.
   item->refinement_gram = item->prompt_gram.clone();
-  item->refinement_shift = item->map_shift.clone();
   for (const AttentionProjection& projection : model.cross_attention()) {
     const int64_t rows = model.effective_weight(projection.name).size(0);
     item->pairs[projection.lora_name] = {at::randn({rows, 1}) * 5e-3, at::randn({1, kWidth})};
@@ -199,7 +198,7 @@ json run(int64_t concepts) {
     at::Tensor right = at::zeros_like(w);
     for (const auto& item : items) {
       const LoraPair& pair = item->pairs.at(name);
-      right += at::matmul(w, item->map_shift.to(at::kDouble)) +
+      right += at::matmul(w, item->refinement_shift.to(at::kDouble)) +
                at::matmul(at::matmul(pair.up, pair.down).to(at::kDouble),
                           item->prompt_gram.to(at::kDouble));
     }

@@ -17,7 +17,6 @@
 namespace lacuna {
 namespace {
 
-constexpr int64_t kCacheBytes = 768ll << 20;
 constexpr int64_t kMostPictures = 64;  // of all concepts together, on the preview output
 
 LoraOptions read_options(const NodeInputs& inputs) {
@@ -153,8 +152,6 @@ std::string percent(const TrainedConcept& done) {
 }
 
 }  // namespace
-
-LoraEraseNode::LoraEraseNode() : cache_(kCacheBytes) {}
 
 const NodeSchema& LoraEraseNode::schema() const {
   static const LoraOptions defaults;
@@ -401,7 +398,7 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   // Everything that can be refused is refused before the first prompt is encoded.
   check_widgets(options);
   lacuna::validate(set);
-  LoraTraining training{.model = *model, .encoder = *clip, .cache = &cache_};
+  LoraTraining training{.model = *model, .encoder = *clip};
   if (inputs.has("vae")) {
     training.decoder = inputs.get<std::shared_ptr<ImageDecoder>>("vae").get();
   }

@@ -12,13 +12,11 @@ namespace lacuna {
 // Trains one LoRA for each concept: the second half of MACE, before LoRA Fuse.
 class LoraEraseNode final : public Node {
  public:
-  LoraEraseNode();
   const NodeSchema& schema() const override;
   void validate(const NodeInputs& constants) const override;
   NodeResult run(const NodeInputs& inputs, Progress& progress) override;
 
  private:
-  StatisticsCache cache_;
   // What the last runs finished, by everything it depends on: a run that was cancelled or failed
   // goes on where it stopped. Of one recipe at a time.
   std::map<std::string, TrainedConcept> finished_;

@@ -161,10 +161,9 @@ Fusion FusionSums::solve(const KeptText& kept, const FusionOptions& options,
   for (const auto& [key, entry] : entries_) {
     progress.check();
     const ConceptLora& item = *entry.item;
-    const at::Tensor& own = joint ? item.refinement_shift : item.map_shift;
-    if (!own.defined()) continue;
+    if (!item.refinement_shift.defined()) continue;
     any_shift = true;
-    add_scaled(shift, own, strength(key));
+    add_scaled(shift, item.refinement_shift, strength(key));
     if (joint) add_scaled(refined, item.refinement_gram, 1.0);
   }
   if (joint && any_shift) {

@@ -38,15 +38,14 @@ bool same(const at::Tensor& a, const at::Tensor& b) {
   return a.scalar_type() == b.scalar_type() && at::equal(a, b);
 }
 
-// The four statistics by the name they have in a file.
+// The statistics by the name they have in a file.
 struct Statistic {
   std::string_view name;
   at::Tensor ConceptLora::* member;
   bool symmetric;
 };
-constexpr std::array<Statistic, 4> kStatistics{{
+constexpr std::array<Statistic, 3> kStatistics{{
     {"prompt_gram", &ConceptLora::prompt_gram, true},
-    {"map_shift", &ConceptLora::map_shift, false},
     {"refinement_gram", &ConceptLora::refinement_gram, true},
     {"refinement_shift", &ConceptLora::refinement_shift, false},
 }};

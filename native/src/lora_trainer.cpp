@@ -28,7 +28,6 @@
 #include "lacuna/attention_tap.h"
 #include "lacuna/concept_images.h"
 #include "lacuna/error.h"
-#include "lacuna/general_prior.h"
 #include "lacuna/latent_sampler.h"
 #include "lacuna/prompt_templates.h"
 #include "lacuna/random_stream.h"
@@ -173,7 +172,7 @@ struct Job {
   std::string subject;  // what seeds its random numbers
   ConceptPrompts prompts;
   at::Tensor tokens;        // [n, window]
-  at::Tensor host_context;  // [n, window, d]: what the host reads, M e
+  at::Tensor host_context;  // [n, window, d]: what the host reads
   TrainingImages images;
   ConceptPairs pairs;
   std::vector<Draw> evaluation;
@@ -215,7 +214,6 @@ class Trainer {
     if (!training.images.latents.defined()) {
       negative_ = embed_in_batches(training.encoder, {""}, checks_);
     }
-    if (training.refinement != nullptr) prepare_refinement();
   }
 
   // Concepts [begin, end) of the list, trained together.
@@ -247,40 +245,18 @@ class Trainer {
   }
   int64_t passes_per_step() const { return options_.cfg != 1.0 ? 2 : 1; }
 
-  // The statistics that all concepts share: preserved phrases and the general prior.
-  void prepare_refinement() {
-    const Refinement& refinement = *training_.refinement;
-    prior_ = general_prior_gram(training_.encoder, refinement.concepts.general_prior, checks_);
-    if (refinement.options.adversarial_rounds > 0) {
-      projection_gram_ = projection_gram(
-          model_,
-          edited_projections(model_, EditedMatrices::kKeyAndValue, training_.encoder.width()),
-          checks_);
+  // Embeddings of every template with the concept's anchor; lists often share one.
+  const at::Tensor& anchor_of(const Concept& item) {
+    std::vector<std::string> prompts;
+    for (const std::string_view prompt_template :
+         prompt_templates(item.kind).first(static_cast<size_t>(item.templates))) {
+      prompts.push_back(fill_template(prompt_template, item.anchor));
     }
-  }
-
-  // M - I of the concept alone, [d, d] float64.
-  at::Tensor refine(Job& job) {
-    const Refinement& refinement = *training_.refinement;
-    ConceptSet alone;
-    alone.concepts = {*job.item};
-    alone.preserve = refinement.concepts.preserve;
-    alone.general_prior = GeneralPriorSize::kNone;
-    RefinementProblem problem =
-        collect_problem(training_.encoder, alone, refinement.options, training_.cache, checks_);
-    problem.prior = prior_;
-    const std::vector<std::string> unwanted =
-        captions_naming(refinement.concepts.general_prior, phrases(*job.item));
-    if (!unwanted.empty()) {
-      StatisticsAccumulator sums(training_.encoder.width());
-      sums.add_kept(embed_in_batches(training_.encoder, unwanted, checks_).context.flatten(0, 1));
-      problem.prior = prior_ - sums.finish().kept /
-                                   static_cast<double>(
-                                       generic_captions(refinement.concepts.general_prior).size());
+    if (prompts != anchor_prompts_) {
+      anchor_ = embed_in_batches(training_.encoder, prompts, checks_).context;
+      anchor_prompts_ = std::move(prompts);
     }
-    job.result.refinement_gram = problem.concepts.edited + problem.concepts.kept;
-    job.result.refinement_shift = problem.concepts.shift;
-    return solve_refinement(problem, refinement.options, projection_gram_).delta;
+    return anchor_;
   }
 
   std::unique_ptr<Job> prepare(const Concept& item) {
@@ -300,9 +276,11 @@ class Trainer {
     job->result.prompt_gram = sums.finish().kept;
     job->host_context = context;
     if (training_.refinement != nullptr) {
-      const at::Tensor delta = refine(*job);
-      job->result.map_shift = at::matmul(delta, job->result.prompt_gram);
-      job->host_context = context + at::matmul(context, delta.t().to(at::kFloat));
+      const AnchoredPrompts anchored = anchor_prompts(
+          training_.encoder, item, context, anchor_of(item), training_.refinement->options);
+      job->result.refinement_gram = anchored.statistics.edited + anchored.statistics.kept;
+      job->result.refinement_shift = anchored.statistics.shift;
+      job->host_context = anchored.context;
     }
     prepare_images(*job);
     prepare_pairs(*job);
@@ -612,8 +590,8 @@ class Trainer {
       job.result.pairs[layer.value.lora_name] = plain(job.pairs.at(layer.name).value);
     }
     // As in a bundle's file: a hundred concepts fit into memory, and saving them changes nothing.
-    for (at::Tensor* statistic : {&job.result.prompt_gram, &job.result.map_shift,
-                                  &job.result.refinement_gram, &job.result.refinement_shift}) {
+    for (at::Tensor* statistic :
+         {&job.result.prompt_gram, &job.result.refinement_gram, &job.result.refinement_shift}) {
       if (statistic->defined()) *statistic = statistic->to(at::kFloat);
     }
     ordered_json how;
@@ -638,8 +616,8 @@ class Trainer {
   TimestepSampler timesteps_;
   Effort effort_;
   TextEmbedding negative_;
-  at::Tensor prior_;
-  at::Tensor projection_gram_;
+  std::vector<std::string> anchor_prompts_;
+  at::Tensor anchor_;
 };
 
 void check_range(double value, double low, double high, const char* name) {
@@ -725,6 +703,11 @@ void check(const LoraTraining& training, const LoraOptions& options) {
       throw Error(
           "the refinement edits values only; set 'matrices' of Attention Refine to key+value");
     }
+    if (refinement->options.adversarial_rounds > 0) {
+      throw Error(
+          "LoRAs are not trained on top of adversarial rounds; set 'adversarial rounds' of "
+          "Attention Refine to 0");
+    }
     if (refinement->encoder_fingerprint != training.encoder.fingerprint()) {
       throw Error(
           "the refinement was made with another text encoder; connect the CLIP that went into "
@@ -769,19 +752,8 @@ std::string recipe(const LoraOptions& options, const Refinement* refinement,
     json["suppress_value"] = options.suppress_value;
   }
   if (refinement != nullptr) {
-    const RefinementOptions& r = refinement->options;
-    ordered_json edit{{"method", r.method},
-                      {"read_at", to_string(r.read_at)},
-                      {"regularization", r.regularization},
-                      {"preserve_weight", r.preserve_weight},
-                      {"prior_weight", r.prior_weight},
-                      {"adversarial_rounds", r.adversarial_rounds},
-                      {"general_prior", to_string(refinement->concepts.general_prior)},
-                      {"preserve", ordered_json::array()}};
-    for (const PreservedPhrase& item : refinement->concepts.preserve) {
-      edit["preserve"].push_back({item.phrase, to_string(item.kind), item.templates});
-    }
-    json["refinement"] = std::move(edit);
+    json["refinement"] = {{"method", refinement->options.method},
+                          {"read_at", to_string(refinement->options.read_at)}};
   } else {
     json["refinement"] = nullptr;
   }

@@ -133,41 +133,56 @@ TokenSpan phrase_span(Tokens& tokens, std::string_view prompt_template, const st
   return {begin, begin + count(phrase)};
 }
 
+// The rows that one prompt adds to the least-squares problem.
+struct PromptRows {
+  at::Tensor positions;  // [k], in the prompt
+  at::Tensor from;       // [k, d]: what the model reads there
+  at::Tensor to;         // [k, d]: what it should read instead
+};
+
+// target, anchor: [window, d], the embeddings of the index-th template with phrase and anchor.
+PromptRows rows_of(Tokens& tokens, const Concept& item, const std::string& phrase, int index,
+                   const RefinementOptions& options, const at::Tensor& target,
+                   const at::Tensor& anchor) {
+  const std::string_view prompt_template = prompt_templates(item.kind)[index];
+  PromptPair pair;
+  pair.target_ids = tokens.of(fill_template(prompt_template, phrase));
+  pair.anchor_ids = tokens.of(fill_template(prompt_template, item.anchor));
+  pair.target_phrase = phrase_span(tokens, prompt_template, phrase);
+  pair.anchor_phrase = phrase_span(tokens, prompt_template, item.anchor);
+  pair.window = target.size(0);
+  const int64_t prefix = align_tokens(pair.target_ids, pair.anchor_ids, pair.window).prefix;
+  const TokenAlignment rows = edit_method(options.method).rows(pair, options.read_at);
+  PromptRows out;
+  out.positions = at::tensor(rows.target, at::kLong);
+  out.from = target.index_select(0, out.positions);
+  out.to = anchor.index_select(0, at::tensor(rows.anchor, at::kLong));
+  // Identical by causality; what differs there is only rounding between two batches.
+  for (size_t k = 0; k < rows.target.size(); ++k) {
+    if (rows.target[k] == rows.anchor[k] && rows.target[k] < prefix) {
+      out.to[static_cast<int64_t>(k)].copy_(out.from[static_cast<int64_t>(k)]);
+    }
+  }
+  return out;
+}
+
 // One concept's statistics, divided by the number of templates.
 TextStatistics collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& batches,
                                AnchorEmbeddings& anchors, const Concept& item,
                                const RefinementOptions& options) {
-  const EditMethod& method = edit_method(options.method);
-  const int64_t d = encoder.width();
   const double weight = 1.0 / item.templates;
   const at::Tensor anchor_embeddings = anchors.take(item);
-  StatisticsAccumulator sums(d);
+  StatisticsAccumulator sums(encoder.width());
   for (const std::string& phrase : phrases(item)) {
-    const std::vector<std::string> targets = prompts_of(item.kind, item.templates, phrase);
-    const at::Tensor target_embeddings = batches.encode(targets);
+    const at::Tensor target_embeddings =
+        batches.encode(prompts_of(item.kind, item.templates, phrase));
     std::vector<at::Tensor> from;
     std::vector<at::Tensor> to;
     for (int i = 0; i < item.templates; ++i) {
-      const std::string_view prompt_template = prompt_templates(item.kind)[i];
-      PromptPair pair;
-      pair.target_ids = tokens.of(targets[i]);
-      pair.anchor_ids = tokens.of(fill_template(prompt_template, item.anchor));
-      pair.target_phrase = phrase_span(tokens, prompt_template, phrase);
-      pair.anchor_phrase = phrase_span(tokens, prompt_template, item.anchor);
-      pair.window = encoder.window();
-      const int64_t prefix = align_tokens(pair.target_ids, pair.anchor_ids, pair.window).prefix;
-      const TokenAlignment rows = method.rows(pair, options.read_at);
-      const at::Tensor target_rows = at::tensor(rows.target, at::kLong);
-      at::Tensor f = target_embeddings[i].index_select(0, target_rows);
-      at::Tensor g = anchor_embeddings[i].index_select(0, at::tensor(rows.anchor, at::kLong));
-      // Identical by causality; what differs there is only rounding between two batches.
-      for (size_t k = 0; k < rows.target.size(); ++k) {
-        if (rows.target[k] == rows.anchor[k] && rows.target[k] < prefix) {
-          g[static_cast<int64_t>(k)].copy_(f[static_cast<int64_t>(k)]);
-        }
-      }
-      from.push_back(f);
-      to.push_back(g);
+      const PromptRows rows =
+          rows_of(tokens, item, phrase, i, options, target_embeddings[i], anchor_embeddings[i]);
+      from.push_back(rows.from);
+      to.push_back(rows.to);
     }
     sums.add_pairs(at::cat(from), at::cat(to), weight);
   }
@@ -378,6 +393,24 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
   problem.concepts = std::move(sum);
   problem.preserve = kept.preserve();
   return problem;
+}
+
+AnchoredPrompts anchor_prompts(TextEncoder& encoder, const Concept& item, const at::Tensor& context,
+                               const at::Tensor& anchor, const RefinementOptions& options) {
+  Tokens tokens(encoder);
+  StatisticsAccumulator sums(context.size(2));
+  AnchoredPrompts out;
+  out.context = context.clone();
+  int64_t prompt = 0;
+  for (const std::string& phrase : phrases(item)) {
+    for (int i = 0; i < item.templates; ++i, ++prompt) {
+      const PromptRows rows = rows_of(tokens, item, phrase, i, options, context[prompt], anchor[i]);
+      out.context[prompt].index_copy_(0, rows.positions, rows.to);
+      sums.add_pairs(rows.from, rows.to, 1.0 / static_cast<double>(context.size(0)));
+    }
+  }
+  out.statistics = sums.finish();
+  return out;
 }
 
 KeptText collect_kept_text(TextEncoder& encoder, const std::vector<PreservedPhrase>& preserve,

@@ -62,10 +62,11 @@ class FusionInvariants : public testing::SeededTest {
     const LoraPair& pair = one->pairs.at(projection.lora_name);
     return at::matmul(pair.up, pair.down);
   }
-  // W M_i: what the LoRA was trained on. X = (M - I) B has M - I = X B^-1 on the span of B.
+  // W M_i: what the LoRA was trained on, where C - A = (M_i - I) B on the span of B.
   static at::Tensor refined(const Item& one, const at::Tensor& w) {
-    return one->map_shift.defined()
-               ? w + at::matmul(w, at::matmul(one->map_shift, at::linalg_pinv(one->prompt_gram)))
+    return one->refinement_shift.defined()
+               ? w + at::matmul(
+                         w, at::matmul(one->refinement_shift, at::linalg_pinv(one->prompt_gram)))
                : w;
   }
   at::Tensor kept_gram() const {
@@ -155,13 +156,16 @@ TEST_F(FusionInvariants, N15_NoLoraIsTheRefinedModelAndNoRefinementIsTheModel) {
   const at::Tensor shared = random_matrix(kWidth, kWidth);  // the same M for all
   for (const Item& one : list) {
     for (auto& [name, pair] : one->pairs) pair.up.zero_();
-    one->map_shift = at::matmul(shared, one->prompt_gram);
+    one->refinement_shift = at::matmul(shared, one->prompt_gram);
   }
   const at::Tensor w = random_matrix(6, kWidth);
   EXPECT_LT(relative_difference(edited(solve(list), kKey, w), w + at::matmul(w, shared)), 1e-9);
   with_kept_text();
   options_.regularization = 0.2;
-  for (const Item& one : list) one->map_shift.reset();
+  for (const Item& one : list) {
+    one->refinement_shift.reset();
+    one->refinement_gram.reset();
+  }
   EXPECT_EQ(weight_change(solve(list).patch, kKey, w).abs().max().item<double>(), 0.0);
 }
 
@@ -208,7 +212,8 @@ TEST_F(FusionInvariants, N18_Superposition) {
   list[1]->pairs.at("lora_k").up.mul_(2.0);
   const Fusion doubled = solve(list);
   EXPECT_TRUE(at::equal(doubled.patch.delta, before));
-  list[1]->map_shift.reset();
+  list[1]->refinement_shift.reset();
+  list[1]->refinement_gram.reset();
   list[1]->pairs.at("lora_k").up.div_(2.0);
   EXPECT_LT(relative_difference(weight_change(doubled.patch, kKey, w) - all,
                                 weight_change(solve(list, {{"c0", 0}, {"c2", 0}}).patch, kKey, w)),
@@ -274,7 +279,7 @@ TEST_F(FusionInvariants, N21_SinglePrecisionPatchOfAnIllConditionedSystem) {
   const Items list = items(1);
   list[0]->prompt_gram = testing::random_spd(kWidth, 1e9);
   const at::Tensor map = 0.3 * random_matrix(kWidth, kWidth);
-  list[0]->map_shift = at::matmul(map, list[0]->prompt_gram);
+  list[0]->refinement_shift = at::matmul(map, list[0]->prompt_gram);
   const Fusion fusion = solve(list);
   EXPECT_GT(fusion.condition, 1e8);
   const at::Tensor w = random_matrix(6, kWidth).to(at::kFloat).to(at::kDouble);
@@ -290,7 +295,7 @@ TEST_F(FusionInvariants, SinglePrecisionStatisticsDoWithRegularization) {
   for (const Item& one : list) {
     stored.push_back(std::make_shared<ConceptLora>(*one));
     stored.back()->prompt_gram = one->prompt_gram.to(at::kFloat);
-    stored.back()->map_shift = one->map_shift.to(at::kFloat);
+    stored.back()->refinement_shift = one->refinement_shift.to(at::kFloat);
     for (auto& [name, pair] : stored.back()->pairs) {
       pair = {pair.up.to(at::kFloat), pair.down.to(at::kFloat)};
     }

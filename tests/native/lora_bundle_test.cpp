@@ -75,10 +75,8 @@ TEST_F(LoraBundleTest, SurvivesTheFile) {
     EXPECT_EQ(b.training, a.training);
     EXPECT_EQ(b.prompt_gram.scalar_type(), at::kFloat);
     EXPECT_TRUE(at::equal(b.prompt_gram, a.prompt_gram.to(at::kFloat)));
-    EXPECT_EQ(b.map_shift.defined(), a.map_shift.defined());
     EXPECT_EQ(b.refinement_gram.defined(), a.refinement_gram.defined());
-    if (a.map_shift.defined()) {
-      EXPECT_TRUE(at::equal(b.map_shift, a.map_shift.to(at::kFloat)));
+    if (a.refinement_gram.defined()) {
       EXPECT_TRUE(at::equal(b.refinement_gram, a.refinement_gram.to(at::kFloat)));
       EXPECT_TRUE(at::equal(b.refinement_shift, a.refinement_shift.to(at::kFloat)));
     }
@@ -155,8 +153,9 @@ TEST_F(LoraBundleTest, NothingIsSavedThatCouldNotBeLoaded) {
   refuse_bundle([](auto&, auto& c) { c.pairs.clear(); }, "'owl' has no LoRA");
   refuse_bundle([](auto&, auto& c) { c.prompt_gram.reset(); }, "'owl' has no statistics");
   refuse_bundle([](auto&, auto& c) { c.prompt_gram = at::zeros({kWidth, 3}); }, "do not fit");
-  refuse_bundle([](auto&, auto& c) { c.map_shift = at::zeros({3, 3}); }, "map_shift");
-  refuse_bundle([](auto&, auto& c) { c.map_shift = at::full({kWidth, kWidth}, NAN); }, "NaN");
+  refuse_bundle([](auto&, auto& c) { c.refinement_shift = at::zeros({3, 3}); }, "refinement_shift");
+  refuse_bundle([](auto&, auto& c) { c.refinement_shift = at::full({kWidth, kWidth}, NAN); },
+                "NaN");
   refuse_bundle([](auto&, auto& c) { c.refinement_gram.reset(); }, "only half");
   refuse_bundle([](auto&, auto& c) { c.pairs.begin()->second.down.reset(); }, "does not fit");
   refuse_bundle([](auto&, auto& c) { c.pairs.begin()->second.down = at::zeros({3, kWidth}); },

@@ -309,55 +309,72 @@ TEST_P(LoraTrainerTest, TrainsOnTheFocalTimestepsWithTheConceptsPrompts) {
   }
 }
 
-// Mode (c) of the fusion: each concept on top of its own edit.
+// Mode (c) of the fusion: each concept on top of its own edit, prompts read as with the anchor.
 TEST_P(LoraTrainerTest, TrainsOnTopOfTheConceptsOwnRefinement) {
   refinement_ = std::make_unique<Refinement>();
   refinement_->options.method = "mace";
   refinement_->encoder_fingerprint = encoder_.fingerprint();
-  refinement_->concepts.general_prior = GeneralPriorSize::kSmall;
-  refinement_->concepts.preserve = {{"dog", ConceptKind::kObject, 3}};
   WatchedDenoiser model(3, kWidth, device());
-  // The prior has captions about cats, which must not protect the concept.
-  const std::vector<Concept> list{concept_of("cat"), concept_of("owl")};
+  const std::vector<Concept> list{concept_of("cat"), concept_of("owl", {"barn owl"})};
   const auto done = train(model, list, small_options());
 
+  SilentProgress silent;
   for (size_t i = 0; i < list.size(); ++i) {
-    ConceptSet alone{{list[i]}, refinement_->concepts.preserve, GeneralPriorSize::kSmall};
-    SilentProgress silent;
+    const Concept& item = list[i];
+    ConceptSet alone{{item}, {}, GeneralPriorSize::kNone};
     const RefinementProblem problem =
         collect_problem(encoder_, alone, refinement_->options, nullptr, silent);
-    const at::Tensor delta = solve_refinement(problem, refinement_->options).delta;
-    const ConceptPrompts prompts = encode_prompts(encoder_, list[i], silent);
+    const ConceptPrompts prompts = encode_prompts(encoder_, item, silent);
     const at::Tensor e = prompts.embedding.context.to(at::kDouble);
     const at::Tensor rows = e.flatten(0, 1);
-    const at::Tensor gram = at::matmul(rows.t(), rows) / static_cast<double>(e.size(0));
     const ConceptLora& lora = *done[i].lora;
-    // Summed in float64, stored as float32.
-    EXPECT_LT(relative_difference(lora.prompt_gram, gram), 6e-8);
-    EXPECT_LT(relative_difference(lora.map_shift, at::matmul(delta, gram)), 1e-6);
-    EXPECT_LT(
-        relative_difference(lora.refinement_gram, problem.concepts.edited + problem.concepts.kept),
-        6e-8);
-    EXPECT_LT(relative_difference(lora.refinement_shift, problem.concepts.shift), 6e-8);
+    // Means over the prompts of all phrases, summed in float64 and stored as float32.
+    const auto n = static_cast<double>(e.size(0));
+    const auto phrase_count = static_cast<double>(phrases(item).size());
+    const TextStatistics& sums = problem.concepts;
+    EXPECT_LT(relative_difference(lora.prompt_gram, at::matmul(rows.t(), rows) / n), 6e-8);
+    EXPECT_LT(relative_difference(lora.refinement_gram, (sums.edited + sums.kept) / phrase_count),
+              6e-8);
+    EXPECT_LT(relative_difference(lora.refinement_shift, sums.shift / phrase_count), 6e-8);
     for (const at::Tensor& statistic :
-         {lora.prompt_gram, lora.map_shift, lora.refinement_gram, lora.refinement_shift}) {
+         {lora.prompt_gram, lora.refinement_gram, lora.refinement_shift}) {
       EXPECT_EQ(statistic.scalar_type(), at::kFloat);
     }
-    // The host reads M e in training, and e while it draws.
-    const at::Tensor mapped = (e + at::matmul(e, delta.t())).to(at::kFloat);
+    // In training the host reads the anchor's embeddings at the edited positions and the prompt's
+    // own elsewhere; it draws with the prompt as it is.
+    std::vector<at::Tensor> read;
+    int64_t prompt = 0;
+    for (const std::string& phrase : phrases(item)) {
+      for (const std::string_view text :
+           prompt_templates(item.kind).first(static_cast<size_t>(item.templates))) {
+        const std::string twin = fill_template(text, item.anchor);
+        const at::Tensor anchor = encoder_.encode({twin})[0];
+        const TokenAlignment pairs = align_tokens(encoder_.tokenize(fill_template(text, phrase)),
+                                                  encoder_.tokenize(twin), encoder_.window());
+        at::Tensor context = prompts.embedding.context[prompt++].clone();
+        for (size_t k = 0; k < pairs.target.size(); ++k) {
+          context[pairs.target[k]].copy_(anchor[pairs.anchor[k]]);
+        }
+        read.push_back(context);
+      }
+    }
+    const at::Tensor expected = at::stack(read);
+    // The statistics say the same: C - A = mean of (g - f) f^T over all positions.
+    const at::Tensor moved = (expected.to(at::kDouble) - e).flatten(0, 1);
+    EXPECT_LT(relative_difference(lora.refinement_shift, at::matmul(moved.t(), rows) / n), 1e-6);
     const auto distance = [&](const at::Tensor& contexts, const at::Tensor& shown) {
       return (contexts - shown).abs().amax({1, 2}).min().item<double>();
     };
     for (const DenoiseRequest& pass : model.training) {
-      EXPECT_LT(distance(mapped, pass.text.context[static_cast<int64_t>(i)]), 1e-4);
+      EXPECT_LT(distance(expected, pass.text.context[static_cast<int64_t>(i)]), 1e-6);
     }
     const at::Tensor drawn = model.drawing[i * 4].text.context[0];
     EXPECT_EQ(distance(prompts.embedding.context, drawn), 0.0);
-    EXPECT_GT(distance(mapped, drawn), 1e-3);
+    EXPECT_GT(distance(expected, drawn), 1e-3);
   }
   refinement_.reset();
   const auto plain = train(list, small_options());
-  EXPECT_FALSE(plain[0].lora->map_shift.defined());
+  EXPECT_FALSE(plain[0].lora->refinement_shift.defined());
   EXPECT_FALSE(plain[0].lora->refinement_gram.defined());
   EXPECT_GT(difference(*plain[0].lora, *done[0].lora), 1e-4);
 }
@@ -423,6 +440,9 @@ TEST_P(LoraTrainerTest, RefusesBadOptionsBeforeAnyWork) {
   refinement_->encoder_fingerprint = encoder_.fingerprint();
   refinement_->matrices = EditedMatrices::kValueOnly;
   EXPECT_NE(refusal(small_options()).find("values only"), std::string::npos);
+  refinement_->matrices = EditedMatrices::kKeyAndValue;
+  refinement_->options.adversarial_rounds = 1;
+  EXPECT_NE(refusal(small_options()).find("adversarial rounds"), std::string::npos);
   EXPECT_EQ(encoder_.encoded_prompts, 0);
 }
 

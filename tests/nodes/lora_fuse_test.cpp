@@ -139,7 +139,7 @@ TEST_P(LoraFuseTest, PatchesTheModelAsTheFormulaSays) {
     for (const auto& item : loras_->concepts) {
       const double s = item->item.target == "owl" ? 0.5 : 1.0;
       const LoraPair& pair = item->pairs.at(projection.lora_name);
-      right = right + s * (at::matmul(w, item->map_shift) +
+      right = right + s * (at::matmul(w, item->refinement_shift) +
                            at::matmul(at::matmul(pair.up, pair.down), item->prompt_gram));
     }
     const at::Tensor expected = w + at::linalg_solve(h, right.t()).t();
@@ -224,7 +224,6 @@ TEST_P(LoraFuseTest, JointModeDiffersAndNeedsARefinementOfAll) {
   const at::Tensor independent = change(run());
   EXPECT_GT(relative_difference(change(run({{"mode", std::string("joint")}})), independent), 1e-3);
   auto half = std::make_shared<ConceptLora>(*loras_->concepts[0]);
-  half->map_shift.reset();
   half->refinement_gram.reset();
   half->refinement_shift.reset();
   loras_->concepts[0] = half;

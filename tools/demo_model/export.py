@@ -54,16 +54,18 @@ def names(corpus: Corpus) -> dict[str, object]:
 
 
 def export(work: Path, out: Path) -> None:
-    """Write every part whose checkpoint is there."""
+    """Write every part whose checkpoint is there; what was not trained stays as it is."""
     options = Options(work=work, steps=0)
     out.mkdir(parents=True, exist_ok=True)
-    _save(load_text_encoder(options).compact(), out / "text_encoder.safetensors", {"layers": "2"})
-    unet = load_checkpoint(options.checkpoint("unet"))
-    _save(unet["average"], out / "unet.safetensors", {"steps": str(unet["step"])})
-    decoder = load_checkpoint(options.checkpoint("decoder"))
-    info = {"latent_std": repr(decoder["latent_std"]), "steps": str(decoder["step"])}
-    _save(decoder["decoder"], out / "vae_decoder.safetensors", info)
-    _save(decoder["encoder"], out / "patch_encoder.safetensors", {})
+    if options.checkpoint("text").is_file():
+        text_encoder = load_text_encoder(options).compact()
+        _save(text_encoder, out / "text_encoder.safetensors", {"layers": "2"})
+    if unet := load_checkpoint(options.checkpoint("unet")):
+        _save(unet["average"], out / "unet.safetensors", {"steps": str(unet["step"])})
+    if decoder := load_checkpoint(options.checkpoint("decoder")):
+        info = {"latent_std": repr(decoder["latent_std"]), "steps": str(decoder["step"])}
+        _save(decoder["decoder"], out / "vae_decoder.safetensors", info)
+        _save(decoder["encoder"], out / "patch_encoder.safetensors", {})
     if encoder := load_checkpoint(options.checkpoint("encoder")):
         steps = {"steps": str(encoder["step"])}
         _save(encoder["encoder"], out / "vae_encoder.safetensors", steps)
@@ -72,7 +74,7 @@ def export(work: Path, out: Path) -> None:
     text = json.dumps(names(load(work)), indent=1, ensure_ascii=False)
     (out / "names.json").write_text(text + "\n", encoding="utf-8")
     total = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    log.info("%s: %.1f MB of weights, UNet after %d steps", out, total / 1e6, unet["step"])
+    log.info("%s: %.1f MB of weights", out, total / 1e6)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -141,6 +141,21 @@ class Studio:
 # --------------------------------------------------------------------------- edited models
 
 
+def concept_set_inputs(task: dict[str, Any]) -> dict[str, Any]:
+    """The widgets of Concept Set for a task."""
+    lines = [
+        f"{target} -> {task['anchor']}" + (f" | {', '.join(synonyms)}" if synonyms else "")
+        for target, synonyms in task["targets"].items()
+    ]
+    return {
+        "concepts": "\n".join(lines),
+        "kind": task["kind"],
+        "preserve": "\n".join(task["preserve"]),
+        "general_prior": task.get("general_prior", "small"),
+        "templates": task["templates"],
+    }
+
+
 class Editor:
     """Edits the base model for a task, with the nodes themselves."""
 
@@ -154,7 +169,7 @@ class Editor:
         """The model after `method` for the task's concepts."""
         if method == "none":
             return self._model
-        concepts = self._concepts(task)
+        concepts = self._run("LacunaConceptSet", concept_set_inputs(task))[0]
         if method in CLOSED_FORMS:
             return self._refine(concepts, method)[0]
         refined, refinement = self._refine(concepts, "mace")[:2]
@@ -173,20 +188,6 @@ class Editor:
             return self._pack.run(node, inputs, progress)
         finally:
             progress.clear()
-
-    def _concepts(self, task: dict[str, Any]) -> Any:
-        lines = [
-            f"{target} -> {task['anchor']}" + (f" | {', '.join(synonyms)}" if synonyms else "")
-            for target, synonyms in task["targets"].items()
-        ]
-        inputs = {
-            "concepts": "\n".join(lines),
-            "kind": task["kind"],
-            "preserve": "\n".join(task["preserve"]),
-            "general_prior": task.get("general_prior", "small"),
-            "templates": task["templates"],
-        }
-        return self._run("LacunaConceptSet", inputs)[0]
 
     def _refine(self, concepts: Any, method: str) -> list[Any]:
         inputs = {"model": self._model, "clip": self._clip, "concepts": concepts, "method": method}

@@ -27,10 +27,8 @@ struct ConceptLora {
   std::map<std::string, LoraPair> pairs;  // by AttentionProjection::lora_name
   // B: mean over the concept's prompts of sum_positions e e^T.
   at::Tensor prompt_gram;
-  // X = (M - I) B, where the LoRA was trained on top of W M; undefined when M = I.
-  at::Tensor map_shift;
-  // The refinement rows behind M, for a joint refinement of all concepts (order-dependent mode):
-  // A = sum f f^T and C - A = sum (g - f) f^T; undefined when M = I.
+  // The refinement the LoRA was trained on top of, where the prompts' position f reads as g (mean
+  // over the prompts, like B): A = sum f f^T and C - A = sum (g - f) f^T. Undefined without one.
   at::Tensor refinement_gram;
   at::Tensor refinement_shift;
   std::string training;  // how it was made: JSON of options, steps, first and last loss

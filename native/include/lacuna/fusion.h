@@ -20,8 +20,10 @@ namespace lacuna {
 // factorisation for all layers:
 //   H = sum B_i + S + lambda I,  S = preserve_weight preserve + prior_weight prior
 //   W* = W N + sum_i s_i up_i r_i^T,  r_i = H^-1 B_i down_i^T,  s_i: strength of concept i
-// kIndependent: N = I + sum_i s_i X_i H^-1. Each LoRA keeps the target it was trained on, whatever
-//   else is fused: concepts can be added and removed, in any order, without training again.
+// kIndependent: N = I + sum_i s_i (C_i - A_i) H^-1, the least-squares solution for the targets that
+//   the LoRAs were trained on, W g + up_i down_i f for every position f of concept i's prompts, g
+//   being what it reads as (f itself where nothing is refined). They do not depend on what else is
+//   fused: concepts can be added and removed, in any order, without training again.
 // kJoint: N = I + (M - I) (B + lambda I) H^-1 with one refinement M of all concepts, as in the
 //   paper: M = I + sum_i s_i (C_i - A_i) (sum A_i + S + lambda I)^-1.
 // Both are linear in the strengths. A concept of strength 0 is protected (its prompts still count);

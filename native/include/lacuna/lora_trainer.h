@@ -67,9 +67,10 @@ struct TrainingImages {
 struct LoraTraining {
   Denoiser& model;
   TextEncoder& encoder;
-  ImageDecoder* decoder = nullptr;         // for previews
-  const Refinement* refinement = nullptr;  // train on top of its edit, made for one concept alone
-  StatisticsCache* cache = nullptr;
+  ImageDecoder* decoder = nullptr;  // for previews
+  // Train on top of its edit, as its method makes it for each concept alone; its weights do not
+  // matter here, they are those of the fusion.
+  const Refinement* refinement = nullptr;
   TrainingImages images = {};  // the user's own; undefined latents: the model draws them
   int64_t pictures = 8;        // at most so many pictures of a concept in its result
 };

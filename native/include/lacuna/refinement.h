@@ -89,7 +89,18 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
                                   const RefinementOptions& options, StatisticsCache* cache,
                                   Progress& progress);
 
-// The same for what must stay alone. erased: phrases that the general prior must not protect.
+// How the prompts of one concept should read after the edit.
+struct AnchoredPrompts {
+  at::Tensor context;         // [n, window, d]: edited positions hold the anchor's embeddings
+  TextStatistics statistics;  // of those rows, mean over the prompts
+};
+
+// context: [n, window, d] on the CPU, every template with every phrase of `item` (encode_prompts);
+// anchor: [templates, window, d], every template with the anchor. Neither is changed.
+AnchoredPrompts anchor_prompts(TextEncoder& encoder, const Concept& item, const at::Tensor& context,
+                               const at::Tensor& anchor, const RefinementOptions& options);
+
+// What must stay, alone. erased: phrases that the general prior must not protect.
 // Results are shared with the cache: not to be written to.
 KeptText collect_kept_text(TextEncoder& encoder, const std::vector<PreservedPhrase>& preserve,
                            GeneralPriorSize general_prior, const std::vector<std::string>& erased,

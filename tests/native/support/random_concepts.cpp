@@ -19,11 +19,10 @@ std::shared_ptr<ConceptLora> random_concept(const std::string& target,
   item->prompt_gram = at::matmul(rows.t(), rows);
   item->prompt_gram = (item->prompt_gram + item->prompt_gram.t()) * 0.5;
   if (mapped) {
-    item->map_shift = at::matmul(0.3 * random_matrix(d, d), item->prompt_gram);
     const at::Tensor f = embeddings(25, d);
     item->refinement_gram = at::matmul(f.t(), f);
     item->refinement_gram = (item->refinement_gram + item->refinement_gram.t()) * 0.5;
-    item->refinement_shift = at::matmul(random_matrix(25, d).t(), f);
+    item->refinement_shift = at::matmul(0.3 * random_matrix(d, d), item->prompt_gram);
   }
   for (const auto& [name, out] : rows_of) {
     item->pairs[name] = {random_matrix(out, rank), random_matrix(rank, d)};
