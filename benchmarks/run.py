@@ -22,6 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 CASES = [("sd1", 1), ("sd1", 10), ("sd1", 100), ("sdxl", 1), ("sdxl", 10), ("sdxl", 100)]
 FUSION_CASES = [1, 10, 100]
+LORA_DEMO_SIZE = 64
+LORA_SD1_SIZES = [256, 384]
 
 
 def run_binary(binary: Path, *arguments: str) -> dict:
@@ -47,6 +49,41 @@ def run_fusion(binary: Path) -> dict:
         )
     fusion["add_one_ms"] = fusion[f"n{FUSION_CASES[-1]}"]["add_one_cpu_ms"]
     return fusion
+
+
+def run_lora(case: str, size: int) -> dict:
+    command = [sys.executable, REPOSITORY / "benchmarks" / "lora.py", case, str(size)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def run_loras(quick: bool) -> dict:
+    """The stable keys of SD1.x shapes are those of the first size."""
+    demo = run_lora("demo", LORA_DEMO_SIZE)
+    full, cached = demo["full"], demo["cached"]
+    print(
+        f"lora demo: cached {cached['training_cpu_s']:.2f} CPU s, full "
+        f"{full['training_cpu_s']:.2f} ({1 / demo['cached_over_full_cpu']:.1f} x); objective "
+        f"{full['loss_before']:.3f}, cached {cached['loss_after']:.3f}, full "
+        f"{full['loss_after']:.3f}",
+        flush=True,
+    )
+    lora = {key: demo[key] for key in ("cached_over_full_cpu", "cached_over_full_loss")}
+    lora["demo"] = demo
+    for size in [] if quick else LORA_SD1_SIZES:
+        figures = run_lora("sd1", size)
+        full, cached = figures["full"], figures["cached"]
+        print(
+            f"lora sd1 {size} px: a step of four concepts {full['step_cpu_s']:.1f} CPU s, "
+            f"{figures['full_over_plain']:.3f} of the bare passes; peak full "
+            f"{full['peak_mb']:.0f} MB, cached {cached['peak_mb']:.0f} MB, model "
+            f"{full['model_mb']:.0f} MB",
+            flush=True,
+        )
+        lora.setdefault("full_over_plain", figures["full_over_plain"])
+        lora.setdefault("full_peak_mb", full["peak_mb"])
+        lora.setdefault("cached_peak_mb", cached["peak_mb"])
+        lora[f"sd1_{size}"] = figures
+    return lora
 
 
 def import_ms() -> float:
@@ -92,7 +129,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--binaries", type=Path, required=True, help="folder of the built binaries")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "build" / "bench.json")
-    parser.add_argument("--quick", action="store_true", help="SD1.x with 1 and 10 concepts only")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="SD1.x with 1 and 10 concepts, LoRAs of the demo model only",
+    )
     arguments = parser.parse_args()
 
     closed_form: dict[str, dict] = {}
@@ -115,11 +156,12 @@ def main() -> None:
             "machine": f"{os.cpu_count()} x {processor()}, {platform.system()}",
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "seeds": "synthetic embeddings, seed 1 + concept",
+            "seeds": "synthetic embeddings, seed 1 + concept; LoRA Erase: training seed 0",
             "command": "make bench",
         },
         "closed_form": closed_form,
         "fusion": run_fusion(arguments.binaries / "lacuna_bench_fusion"),
+        "lora": run_loras(arguments.quick),
         "host": {"import_ms": import_ms()},
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
