@@ -27,7 +27,7 @@ from training import (
 BATCH = 12
 PEAK = 2e-3
 LATENT_NOISE = 0.03
-SQUARE_WEIGHT = 10.0
+SQUARE_WEIGHT = 20.0
 
 
 def load_latent_space(options: Options) -> tuple[PatchEncoder, float]:

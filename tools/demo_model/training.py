@@ -90,7 +90,7 @@ class Progress:
 class ConvolutionOptimizer:
     """torch's Muon on the hidden convolutions of the VAE, as matrices; AdamW on everything else.
 
-    Thirty steps from a trained decoder gained 0.7 dB where AdamW gained nothing in three hundred.
+    The decoder gained more in fifty steps of it than in three hundred of AdamW alone.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], peak: float) -> None:
