@@ -33,7 +33,8 @@ PEAK = 3e-4
 EMA_DECAY = 0.999
 EMPTY_CAPTIONS = 0.1
 SNR_LIMIT = 5.0
-OBJECT_SHARE = 0.7  # of the pictures
+OBJECT_SHARE = 0.85  # of the pictures
+STYLE_WEIGHT = 3.0  # of captions that name their style: styles are learned last
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,20 @@ def make_pool(corpus: Corpus, options: Options) -> Pool:
         log.info("encoded %d distinct captions", len(distinct))
         state = {"prompts": distinct, "hidden": hidden}
         save_checkpoint(cache, state)
+    named = torch.tensor(
+        [corpus.records[i].style in prompt for i, prompt in zip(records, prompts, strict=True)]
+    )
     row = {prompt: index for index, prompt in enumerate(distinct)}
     is_object = torch.tensor([corpus.records[index].kind == OBJECT for index in records])
-    objects = max(int(is_object.sum()), 1)
-    flags = max(len(records) - int(is_object.sum()), 1)
+    weights = torch.where(is_object & named, STYLE_WEIGHT, 1.0)
+    objects, flags = weights[is_object].sum(), weights[~is_object].sum()
     return Pool(
         torch.tensor(records),
         backgrounds,
         prompts,
         torch.tensor([row[prompt] for prompt in prompts]),
         state["hidden"],
-        torch.where(is_object, OBJECT_SHARE / objects, (1 - OBJECT_SHARE) / flags),
+        weights * torch.where(is_object, OBJECT_SHARE / objects, (1 - OBJECT_SHARE) / flags),
     )
 
 
