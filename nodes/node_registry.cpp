@@ -6,6 +6,7 @@
 #include "lacuna/error.h"
 #include "nodes/attention_refine_node.h"
 #include "nodes/concept_set_node.h"
+#include "nodes/evaluate_erasure_node.h"
 #include "nodes/lora_bundle_nodes.h"
 #include "nodes/lora_erase_node.h"
 #include "nodes/lora_fuse_node.h"
@@ -19,6 +20,7 @@ NodeRegistry NodeRegistry::with_lacuna_nodes(const std::string& output_folder) {
   registry.add(std::make_unique<AttentionRefineNode>());
   registry.add(std::make_unique<LoraEraseNode>());
   registry.add(std::make_unique<LoraFuseNode>());
+  registry.add(std::make_unique<EvaluateErasureNode>());
   registry.add(std::make_unique<SaveLoraNode>(output_folder));
   registry.add(std::make_unique<SaveBundleNode>(output_folder));
   registry.add(std::make_unique<LoadBundleNode>(output_folder));

@@ -5,8 +5,12 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <set>
+#include <tuple>
 
+#include "lacuna/confidence.h"
 #include "lacuna/error.h"
+#include "lacuna/evaluation_report.h"
+#include "lacuna/image_file.h"
 #include "nodes/graph_runner.h"
 #include "nodes/host_nodes.h"
 #include "nodes/node_registry.h"
@@ -99,6 +103,40 @@ class NodePack {
   NodeRegistry registry_;
 };
 
+// What scripts and the command line need of an evaluation besides its node.
+void register_evaluation(py::module_& module) {
+  module.def(
+      "wilson_interval",
+      [](int64_t hits, int64_t trials) {
+        const Interval interval = wilson_interval({hits, trials});
+        return std::pair(interval.low, interval.high);
+      },
+      py::arg("hits"), py::arg("trials"), "95 % interval of a proportion.");
+  module.def("exact_mcnemar", &exact_mcnemar, py::arg("only_before"), py::arg("only_after"),
+             "Two-sided p of pairs in which only one of the two says yes.");
+  module.def(
+      "clustered_bootstrap",
+      [](const std::vector<double>& values, const std::vector<int64_t>& clusters, int64_t seed,
+         const std::string& subject) {
+        if (values.size() != clusters.size()) throw Error("every value needs its cluster");
+        const MeanEstimate found = clustered_bootstrap(values, clusters, seed, subject);
+        return std::tuple(found.mean, found.interval.low, found.interval.high);
+      },
+      py::arg("values"), py::arg("clusters"), py::arg("seed") = 0, py::arg("subject") = "",
+      "Mean of the values and its 95 % interval, resampling whole clusters.");
+  module.def("holm", &holm, py::arg("p"), "p-values corrected for their number.");
+  module.def(
+      "save_png", [](const at::Tensor& image, const std::string& path) { save_png(image, path); },
+      py::arg("image"), py::arg("path"), "Writes [height, width, 3] in 0..1.");
+  module.def(
+      "evaluation_html",
+      [](const std::string& report, const std::vector<py::bytes>& pages) {
+        return to_html(report, {pages.begin(), pages.end()});
+      },
+      py::arg("report"), py::arg("pages"),
+      "The report of Evaluate Erasure and its sheet (PNG files' bytes) as one page of HTML.");
+}
+
 }  // namespace
 }  // namespace lacuna
 
@@ -117,6 +155,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<LoraBundleRef>(module, "LoraBundle", py::module_local(),
                             "Trained concepts (LACUNA_LORAS).");
   register_attention_tap(module);
+  register_evaluation(module);
   py::class_<NodePack>(module, "NodePack", py::module_local(), "The node types and their caches.")
       .def(py::init<const std::string&>(), py::arg("output_folder") = "output")
       .def("schemas", &NodePack::schemas, "JSON list of node schemas.")

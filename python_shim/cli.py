@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line `lacuna`: run a ComfyUI workflow without ComfyUI."""
+"""The command line `lacuna`: run a ComfyUI workflow, or judge an erasure, without ComfyUI."""
 
 from __future__ import annotations
 
@@ -190,6 +190,76 @@ def _print_results(results: dict[str, dict[str, list[str]]], stream: TextIO) -> 
     stream.flush()
 
 
+def _evaluate(options: argparse.Namespace) -> int:
+    """Base and edited model side by side: report.html, report.json and the sheet as pictures."""
+    concept_text = _read_text(options.concepts)
+    from . import loader
+
+    native = loader.load()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a model hub
+    from .diffusers_host import DiffusersHost
+
+    base_host = DiffusersHost(
+        options.checkpoint,
+        lora_directory=options.lora.parent if options.lora else None,
+        device=options.device,
+    )
+    base, clip, vae = base_host.load_checkpoint("")
+    if options.lora:
+        edited = base_host.load_lora(base, options.lora.name, options.strength)
+    else:
+        edited = DiffusersHost(options.edited, device=options.device).load_checkpoint("")[0]
+    pack = native.NodePack(str(options.output))
+    inputs = {"concepts": concept_text, "kind": options.kind}
+    if options.preserve:
+        inputs["preserve"] = _read_text(options.preserve)
+    concepts = pack.run("LacunaConceptSet", inputs)[0]
+    widgets = {item["id"]: getattr(options, item["id"]) for item in _widgets(_EVALUATE)}
+    links = {
+        "base_model": base, "erased_model": edited, "clip": clip, "vae": vae, "concepts": concepts,
+    }  # fmt: skip
+    progress = ProgressLine(sys.stderr)
+    try:
+        sheet, report, *_, verdict = pack.run(_EVALUATE, links | widgets, progress)
+    finally:
+        progress.clear()
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    pages = [options.output / f"sheet_{number}.png" for number in range(1, len(sheet) + 1)]
+    for page, path in zip(sheet, pages, strict=True):
+        native.save_png(page, str(path))
+    html = native.evaluation_html(report, [path.read_bytes() for path in pages])
+    _write_text(options.output / "report.json", report)
+    _write_text(options.output / "report.html", html)
+    sys.stdout.write(f"{verdict}\n{options.output / 'report.html'}\n")
+    return OK
+
+
+_EVALUATE = "LacunaEvaluateErasure"
+
+
+def _widgets(node: str) -> list[dict[str, Any]]:
+    schemas = json.loads(Path(__file__).with_name("node_schemas.json").read_text("utf-8"))
+    schema = next(item for item in schemas if item["id"] == node)
+    return [item for item in schema["inputs"] if "default" in item]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise HostError(f"There is no file {path}.") from None
+    except UnicodeDecodeError:
+        raise HostError(f"{path} is not a text file in UTF-8.") from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Complete or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def _version(options: argparse.Namespace) -> int:
     import torch
 
@@ -233,10 +303,54 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
 
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="compare a model before and after an erasure",
+        description="Draw the same pictures before and after an edit; write a report.",
+    )
+    evaluate.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="PATH", help="the model before the edit"
+    )
+    edit = evaluate.add_mutually_exclusive_group(required=True)
+    edit.add_argument("--lora", type=Path, metavar="FILE", help="the edit as a LoRA file")
+    edit.add_argument("--edited", type=Path, metavar="PATH", help="the model after the edit")
+    evaluate.add_argument(
+        "--strength", type=float, default=1.0, metavar="NUMBER", help="of --lora (1)"
+    )
+    evaluate.add_argument(
+        "--concepts", type=Path, required=True, metavar="FILE",
+        help="one concept a line, or a lacuna.concepts/1 file",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--preserve", type=Path, metavar="FILE", help="what must stay, one phrase a line"
+    )
+    evaluate.add_argument(
+        "--kind", default="object", choices=("object", "person", "style", "explicit"),
+        help="of the concepts (object)",
+    )  # fmt: skip
+    for item in _widgets(_EVALUATE):
+        kinds = {"INT": int, "FLOAT": float}
+        evaluate.add_argument(
+            "--" + item["id"].replace("_", "-"),
+            type=kinds.get(item["type"], lambda text: text.replace("\\n", "\n")),
+            default=item["default"],
+            choices=item.get("options"),
+            metavar=None if item.get("options") else item["type"],
+            help=item["tooltip"].replace("%", "%%"),
+        )
+    evaluate.add_argument(
+        "--output", type=Path, default=Path("output/evaluation"), metavar="DIR",
+        help="where the report goes (output/evaluation)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where the models run (cpu)"
+    )
+    evaluate.set_defaults(command=_evaluate)
+
     version = commands.add_parser("version", help="print the versions in use")
     version.set_defaults(command=_version)
 
-    for command in (run, version):
+    for command in (run, evaluate, version):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

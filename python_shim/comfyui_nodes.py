@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from comfy_api.v0_0_2 import ComfyExtension, io
+from comfy_api.v0_0_2 import ComfyExtension, io, ui
 
 from . import comfyui_host, loader
 
@@ -139,13 +139,15 @@ def _executor(spec: JSON) -> classmethod:
         }
         progress = comfyui_host.ComfyProgress(cls.hidden.unique_id)
         results = _pack().run(spec["id"], inputs, progress)
-        adapted, shown = [], None
+        adapted, shown = [], {}
         for item, result in zip(spec["outputs"], results, strict=True):
             if item["id"] == "report":
                 comfyui_host.show_text(cls.hidden.unique_id, result)
-                shown = {"text": [result]}
+                shown["text"] = [result]
+            elif item["id"] == "sheet":
+                shown |= ui.PreviewImage(result, cls=cls).as_dict()
             adapted.append(_OUTPUT_ADAPTERS.get(item["type"], _as_it_is)(result))
-        return io.NodeOutput(*adapted, ui=shown)
+        return io.NodeOutput(*adapted, ui=shown or None)
 
     return classmethod(execute)
 

@@ -12,5 +12,6 @@ std::span<const std::string_view> templates_object();
 std::span<const std::string_view> templates_person();
 std::span<const std::string_view> templates_style();
 std::span<const std::string_view> templates_explicit();
+std::span<const std::string_view> sheet_font();
 
 }  // namespace lacuna::embedded

@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
+#include <string>
 
 #include "lacuna/error.h"
 
@@ -20,7 +21,45 @@ at::Tensor with_negative(const at::Tensor& positive, const at::Tensor& negative)
   return at::cat({positive, negative.to(positive.options()).expand(shape)});
 }
 
+// One step of a solver, from one noise level to the next lower one.
+class Solver {
+ public:
+  explicit Solver(Sampler kind) : kind_(kind) {}
+
+  at::Tensor step(const at::Tensor& x, const at::Tensor& clean, double sigma, double next) {
+    if (kind_ == Sampler::kEuler) return x + (x - clean) * ((next - sigma) / sigma);
+    at::Tensor stepped = clean;
+    if (next > 0.0) {
+      const double length = std::log(sigma / next);  // in half the log signal-to-noise ratio
+      at::Tensor estimate = clean;
+      if (previous_.defined()) {
+        const double ratio = length / (2 * previous_length_);
+        estimate = (1 + ratio) * clean - ratio * previous_;
+      }
+      stepped = (next / sigma) * x - std::expm1(-length) * estimate;
+      previous_length_ = length;
+    }
+    previous_ = clean;
+    return stepped;
+  }
+
+ private:
+  Sampler kind_;
+  at::Tensor previous_;  // clean estimate of the step before
+  double previous_length_ = 0.0;
+};
+
 }  // namespace
+
+std::string_view to_string(Sampler sampler) {
+  return sampler == Sampler::kEuler ? "euler" : "dpmpp_2m";
+}
+
+Sampler sampler_from_string(std::string_view text) {
+  if (text == "euler") return Sampler::kEuler;
+  if (text == "dpmpp_2m") return Sampler::kDpmpp2M;
+  throw Error("unknown sampler '" + std::string(text) + "'; use one of: euler, dpmpp_2m");
+}
 
 double sigma_at(const at::Tensor& levels, double timestep) {
   const int64_t last = levels.size(0) - 1;
@@ -51,6 +90,7 @@ at::Tensor sample_latents(Denoiser& model, const LatentRequest& request,
       guided ? TextEmbedding{with_negative(request.positive.context, request.negative.context),
                              with_negative(request.positive.pooled, request.negative.pooled)}
              : request.positive;
+  Solver solver(request.sampler);
   at::Tensor x = request.noise.to(at::kCPU, at::kFloat) * sigmas[0].item<double>();
   for (int64_t step = 0; step < request.steps; ++step) {
     AttentionTap* tap = before_step(step);
@@ -67,7 +107,7 @@ at::Tensor sample_latents(Denoiser& model, const LatentRequest& request,
       const at::Tensor negative = clean.narrow(0, n, n);
       clean = negative + request.cfg * (clean.narrow(0, 0, n) - negative);
     }
-    x = x + (x - clean) * ((sigmas[step + 1].item<double>() - sigma) / sigma);
+    x = solver.step(x, clean, sigma, sigmas[step + 1].item<double>());
   }
   return x;
 }

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_host import FakeDenoiser, FakeTextEncoder
+from fake_host import FakeDenoiser, FakeImageDecoder, FakeProgress, FakeTextEncoder
 
 from python_shim import loader
 
@@ -270,6 +270,30 @@ def test_only_one_module_imports_comfyui() -> None:
     assert users <= {"comfyui_host.py"}
 
 
+def evaluate(pack, erased: FakeDenoiser, **widgets: Any) -> list:
+    inputs = {
+        "base_model": FakeDenoiser(),
+        "erased_model": erased,
+        "clip": FakeTextEncoder(),
+        "vae": FakeImageDecoder(),
+        "concepts": concepts(pack),
+    }
+    small = {"prompts": 1, "images": 1, "steps": 1, "width": 64, "height": 64, "neighbours": "dog"}
+    return pack.run("LacunaEvaluateErasure", inputs | small | widgets, FakeProgress())
+
+
+def test_an_evaluation_reaches_python_as_picture_text_and_numbers(native, pack) -> None:
+    edit = [(name, 0.5 * weight, None) for name, weight in FakeDenoiser().weights.items()]
+    erased = FakeDenoiser().with_weight_deltas(edit, 1.0)
+    sheet, report, *scores, verdict = evaluate(pack, erased)
+    assert sheet.shape[0] == 1 and sheet.shape[3] == 3
+    assert json.loads(report)["verdict"] == verdict.split("\n")
+    assert len(scores) == 5 and all(0 <= score <= 1 for score in scores)
+    assert "<h1>Evaluate Erasure</h1>" in native.evaluation_html(report, [b"png"])
+    assert evaluate(pack, erased)[1] == report
+    assert "Nothing was erased" in evaluate(pack, FakeDenoiser())[-1]
+
+
 def test_every_source_names_its_licence() -> None:
     folders = ("native", "nodes", "plugin", "python_shim", "tests", "tools", "benchmarks")
     for file in sources(*folders):
@@ -284,6 +308,7 @@ def test_schemas_are_plain_json(pack) -> None:
         "LacunaAttentionRefine",
         "LacunaLoRAErase",
         "LacunaLoRAFuse",
+        "LacunaEvaluateErasure",
         "LacunaSaveLoRA",
         "LacunaSaveBundle",
         "LacunaLoadBundle",

@@ -5,13 +5,22 @@
 
 #include <cstdint>
 #include <functional>
+#include <string_view>
 
 #include "lacuna/host.h"
 
 namespace lacuna {
 
-// Pictures as latents, drawn the same way in every host: the Euler method with classifier-free
-// guidance on Denoiser::denoise.
+// Pictures as latents, drawn the same way in every host: with classifier-free guidance on
+// Denoiser::denoise.
+
+enum class Sampler {
+  kEuler,    // Karras et al. 2022
+  kDpmpp2M,  // DPM-Solver++ of second order, multistep (Lu et al. 2022)
+};
+
+std::string_view to_string(Sampler sampler);
+Sampler sampler_from_string(std::string_view text);
 
 struct LatentRequest {
   at::Tensor noise;        // [n, c, h, w], standard normal
@@ -19,6 +28,7 @@ struct LatentRequest {
   TextEmbedding negative;  // of one prompt
   int64_t steps = 20;
   double cfg = 7.0;
+  Sampler sampler = Sampler::kEuler;
 };
 
 // [steps + 1] noise levels from the largest down to 0, evenly spaced in time. levels: ascending.

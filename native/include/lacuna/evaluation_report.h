@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "lacuna/evaluation.h"
+
+namespace lacuna {
+
+// An evaluation in numbers, in sentences, and as files.
+
+// One list of prompts: of one concept, or of the whole set.
+struct ListSummary {
+  PromptList list = PromptList::kTarget;
+  int64_t concept_index = -1;  // -1: the whole set
+  Count seen_before;           // pictures that show what the list is about
+  Count seen_after;
+  double p = 1.0;       // exact McNemar test: seen before and after
+  double p_holm = 1.0;  // corrected for the number of concepts; as p for the whole set
+  MeanEstimate latent_change;
+  MeanEstimate pixel_change;
+  double attention_ratio = kUnknown;  // attention mass after over before
+  double noise_gap_ratio = kUnknown;  // noise-prediction gap after over before
+  double implausibility = kUnknown;   // median
+  int64_t by_detector = 0;            // pictures that a detector judged
+  int64_t detector_errors = 0;
+
+  // What the list is there to count: pictures without the concept, or those that still show theirs.
+  Count hits() const;
+};
+
+// Shares in 0..1; kUnknown where there was nothing to count. Of a preflight they are estimates from
+// the weights: one minus what remains of the phrase, one minus the drift of what should stay.
+struct Scores {
+  double erased = kUnknown;
+  double synonyms = kUnknown;
+  double preserved = kUnknown;
+  double neighbours = kUnknown;
+  double unrelated = kUnknown;
+  double harmonic_mean = 0.0;  // of those that are known, preserved and neighbours as one
+};
+
+struct EvaluationSummary {
+  std::vector<ListSummary> lists;  // of each concept, then of the whole set
+  Scores scores;
+  std::vector<std::string> verdict;  // sentences, most important first
+};
+
+EvaluationSummary summarize(const Evaluation& evaluation);
+
+// `lacuna.evaluation/1`: verdict, scores, counts, lists, preflight, every pair, and the protocol
+// that someone else needs to repeat it.
+std::string to_json(const Evaluation& evaluation, const EvaluationSummary& summary);
+
+// One page of HTML with no links to anything outside: the verdict, the pictures, tables, plots with
+// intervals and the protocol. json: what to_json wrote; pages: PNG files' bytes. Throws Error when
+// the JSON is of another format.
+std::string to_html(std::string_view json, const std::vector<std::string>& pages);
+
+}  // namespace lacuna

@@ -1,0 +1,567 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/evaluation.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <functional>
+#include <set>
+
+#include "lacuna/attention_projection.h"
+#include "lacuna/attention_tap.h"
+#include "lacuna/concept_prompts.h"
+#include "lacuna/error.h"
+#include "lacuna/general_prior.h"
+#include "lacuna/prompt_templates.h"
+#include "lacuna/random_stream.h"
+#include "lacuna/refinement.h"
+#include "lacuna/text.h"
+
+namespace lacuna {
+namespace {
+
+// Shares of the training timesteps at which pictures are looked at: from detail to layout.
+constexpr double kLooks[] = {0.15, 0.3, 0.45, 0.6, 0.75, 0.9};
+constexpr auto kLookCount = static_cast<int64_t>(std::size(kLooks));
+constexpr int64_t kMostPairs = 4096;
+
+// Units of work, for the progress bar and the time left.
+class Work {
+ public:
+  Work(Progress& progress, int64_t total)
+      : progress_(progress), total_(total), start_(std::chrono::steady_clock::now()) {}
+
+  void add(int64_t units, const std::string& what) {
+    done_ += units;
+    progress_.report(done_, total_);
+    const double seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    const double left = seconds / static_cast<double>(done_) * static_cast<double>(total_ - done_);
+    const auto minutes = static_cast<int64_t>(std::ceil(left / 60));
+    progress_.status(what + (left > 90   ? ", about " + std::to_string(minutes) + " min left"
+                             : left > 20 ? ", about a minute left"
+                                         : ""));
+  }
+
+ private:
+  Progress& progress_;
+  int64_t total_;
+  int64_t done_ = 0;
+  std::chrono::steady_clock::time_point start_;
+};
+
+TextEmbedding select(const TextEmbedding& text, const at::Tensor& rows) {
+  return {text.context.index_select(0, rows),
+          text.pooled.defined() ? text.pooled.index_select(0, rows) : at::Tensor()};
+}
+
+TextEmbedding join(const TextEmbedding& a, const TextEmbedding& b) {
+  return {at::cat({a.context, b.context}),
+          a.pooled.defined() ? at::cat({a.pooled, b.pooled}) : at::Tensor()};
+}
+
+at::Tensor rows_of(const std::vector<int64_t>& rows) {
+  at::Tensor out = at::zeros({static_cast<int64_t>(rows.size())}, at::kLong);
+  std::copy(rows.begin(), rows.end(), out.mutable_data_ptr<int64_t>());
+  return out;
+}
+
+// [window], 1 where the phrase's tokens stand in the prompt.
+at::Tensor phrase_tokens(TextEncoder& encoder, const EvaluationPrompt& prompt) {
+  at::Tensor tokens = at::zeros({encoder.window()}, at::kFloat);
+  if (prompt.phrase.empty()) return tokens;
+  const std::vector<int64_t> ids = encoder.tokenize(prompt.text);
+  const std::vector<int64_t> words = encoder.tokenize(prompt.phrase);
+  for (auto at = ids.begin();
+       (at = std::search(at, ids.end(), words.begin() + 1, words.end() - 1)) != ids.end(); ++at) {
+    for (size_t k = 0; k + 2 < words.size(); ++k) {
+      const int64_t position = at - ids.begin() + static_cast<int64_t>(k);
+      if (position < tokens.size(0)) tokens[position] = 1;
+    }
+  }
+  return tokens;
+}
+
+// What a model makes of noisy pictures, under their own prompt and under the alternative.
+struct Look {
+  at::Tensor likelihood;  // [n] error of the alternative minus error of the own prompt
+  at::Tensor error;       // [n] of the own prompt
+  at::Tensor noise;       // [n, looks, c, h, w] predicted noise of the own prompt
+  at::Tensor gap;         // [n] root mean square between both predictions
+  at::Tensor attention;   // [n] mass on the phrase's tokens
+};
+
+// The whole run: embeddings of all prompts, and the pictures of the pairs in groups.
+class Studio {
+ public:
+  Studio(const EvaluationInputs& inputs, const EvaluationOptions& options, Evaluation& evaluation,
+         Progress& progress)
+      : inputs_(inputs),
+        options_(options),
+        evaluation_(evaluation),
+        progress_(progress),
+        shape_(inputs.base.latent_shape(options.width, options.height)),
+        levels_(inputs.base.noise_levels()),
+        work_(progress, total_work()) {
+    std::vector<std::string> texts;
+    std::vector<std::string> alternatives;
+    std::vector<at::Tensor> tokens;
+    for (const EvaluationPrompt& prompt : evaluation.prompts) {
+      texts.push_back(prompt.text);
+      alternatives.push_back(prompt.alternative);
+      tokens.push_back(phrase_tokens(inputs.encoder, prompt));
+    }
+    own_ = embed_in_batches(inputs.encoder, texts, progress);
+    alternative_ = embed_in_batches(inputs.encoder, alternatives, progress);
+    negative_ = embed_in_batches(inputs.encoder, {""}, progress);
+    tokens_ = at::stack(tokens);
+  }
+
+  void run() {
+    // Each model is used in one go: a host may have to merge an edit before the first pass.
+    const at::Tensor before = draw(inputs_.base, "Drawing before");
+    const Look base_before = look(inputs_.base, before, "Looking at before");
+    const at::Tensor after = draw(inputs_.edited, "Drawing after");
+    const Look edited_before = look(inputs_.edited, before, "Looking at before");
+    const at::Tensor kept = at::nan_to_num(after);
+    evaluation_.broken = !at::isfinite(after).all().item<bool>();
+    evaluation_.identical = before.equal(after);
+    const Look base_after = look(inputs_.base, kept, "Looking at after");
+
+    evaluation_.before = decode(before, "Decoding before");
+    evaluation_.after = decode(kept, "Decoding after");
+    const at::Tensor change = relative_change(before, after);
+    const at::Tensor pixel_change =
+        (evaluation_.after.to(at::kFloat) - evaluation_.before.to(at::kFloat))
+            .div_(255)
+            .square()
+            .flatten(1)
+            .mean(1)
+            .sqrt();
+    const at::Tensor shift =
+        (edited_before.noise - base_before.noise).square().flatten(1).mean(1).sqrt();
+    for (int64_t i = 0; i < count(); ++i) {
+      const auto at = [&](const at::Tensor& values) { return values[i].item<double>(); };
+      PicturePair& pair = evaluation_.pairs[static_cast<size_t>(i)];
+      pair.likelihood_before = at(base_before.likelihood);
+      pair.likelihood_after = at(base_after.likelihood);
+      pair.likelihood_edited = at(edited_before.likelihood);
+      pair.implausibility = at(base_after.error) / at(base_before.error);
+      pair.latent_change = at(change);
+      pair.pixel_change = at(pixel_change);
+      if (!evaluation_.prompts[pair.prompt].phrase.empty()) {
+        pair.attention_before = at(base_before.attention);
+        pair.attention_after = at(edited_before.attention);
+      }
+      pair.noise_gap_before = at(base_before.gap);
+      pair.noise_gap_after = at(edited_before.gap);
+      pair.noise_shift = at(shift);
+      judge(pair, i);
+    }
+  }
+
+ private:
+  int64_t count() const { return static_cast<int64_t>(evaluation_.pairs.size()); }
+  int64_t total_work() const {
+    const int64_t guided = options_.cfg != 1.0 ? 2 : 1;
+    return count() * (2 * guided * options_.steps + 3 * 2 * kLookCount + 2);
+  }
+  const EvaluationPrompt& prompt_of(int64_t pair) const {
+    return evaluation_.prompts[evaluation_.pairs[static_cast<size_t>(pair)].prompt];
+  }
+  at::Generator stream(int64_t pair, const char* purpose) const {
+    const int64_t image = evaluation_.pairs[static_cast<size_t>(pair)].image;
+    return random_stream(options_.seed, prompt_of(pair).text + '\n' + std::to_string(image),
+                         purpose);
+  }
+  at::Tensor rows(int64_t begin, int64_t n) const {
+    std::vector<int64_t> prompts;
+    for (int64_t i = begin; i < begin + n; ++i) {
+      prompts.push_back(static_cast<int64_t>(evaluation_.pairs[static_cast<size_t>(i)].prompt));
+    }
+    return rows_of(prompts);
+  }
+  std::string progress_line(const char* what, int64_t pictures) const {
+    return std::string(what) + ": picture " + std::to_string(pictures) + " of " +
+           std::to_string(count());
+  }
+
+  // [pairs, c, h, w]
+  at::Tensor draw(Denoiser& model, const char* what) {
+    std::vector<at::Tensor> latents;
+    for (int64_t begin = 0; begin < count(); begin += options_.batch) {
+      const int64_t n = std::min(options_.batch, count() - begin);
+      LatentRequest request;
+      std::vector<at::Tensor> noise;
+      for (int64_t i = begin; i < begin + n; ++i) {
+        noise.push_back(at::randn(shape_, stream(i, "evaluation"), at::TensorOptions(at::kFloat)));
+      }
+      request.noise = at::stack(noise);
+      request.positive = select(own_, rows(begin, n));
+      request.negative = negative_;
+      request.steps = options_.steps;
+      request.cfg = options_.cfg;
+      request.sampler = options_.sampler;
+      const int64_t units = options_.cfg != 1.0 ? 2 * n : n;
+      latents.push_back(sample_latents(model, request, [&](int64_t step) -> AttentionTap* {
+        progress_.check();
+        if (step > 0) work_.add(units, progress_line(what, begin + 1));
+        return nullptr;
+      }));
+      work_.add(units, progress_line(what, begin + n));
+    }
+    return at::cat(latents);
+  }
+
+  Look look(Denoiser& model, const at::Tensor& latents, const char* what) {
+    const at::NoGradGuard no_grad;
+    std::vector<at::Tensor> likelihood, error, noise_seen, gap, attention;
+    for (int64_t begin = 0; begin < count(); begin += options_.batch) {
+      const int64_t n = std::min(options_.batch, count() - begin);
+      const at::Tensor which = rows(begin, n);
+      const at::Tensor clean = latents.narrow(0, begin, n);
+      const TextEmbedding text = join(select(own_, which), select(alternative_, which));
+      std::vector<at::Generator> streams;
+      for (int64_t i = begin; i < begin + n; ++i) streams.push_back(stream(i, "looks"));
+      at::Tensor difference = at::zeros({n}, at::kDouble);
+      at::Tensor own_error = at::zeros({n}, at::kDouble);
+      at::Tensor squared_gap = at::zeros({n}, at::kDouble);
+      at::Tensor mass = at::zeros({n}, at::kDouble);
+      std::vector<at::Tensor> predictions;
+      for (const double share : kLooks) {
+        progress_.check();
+        const double sigma = sigma_at(levels_, share * static_cast<double>(levels_.size(0) - 1));
+        std::vector<at::Tensor> drawn;
+        for (at::Generator& generator : streams) {
+          drawn.push_back(at::randn(shape_, generator, at::TensorOptions(at::kFloat)));
+        }
+        const at::Tensor noise = at::stack(drawn);
+        const at::Tensor noisy = clean + sigma * noise;
+        DenoiseRequest pass;
+        pass.noisy = at::cat({noisy, noisy});
+        pass.sigma = at::full({2 * n}, sigma, at::kFloat);
+        pass.text = text;
+        LoraTap tap(samples(which), text.context, shape_[1], shape_[2], progress_);
+        const at::Tensor seen = model.denoise(pass, &tap);
+        if (seen.sizes() != pass.noisy.sizes()) {
+          throw Error("the model returned a latent of an unexpected shape");
+        }
+        const at::Tensor predicted = (pass.noisy - seen.to(at::kCPU, at::kFloat)) / sigma;
+        const at::Tensor own = predicted.narrow(0, 0, n);
+        const at::Tensor other = predicted.narrow(0, n, n);
+        const auto mean_square = [](const at::Tensor& values) {
+          return values.square().flatten(1).to(at::kDouble).mean(1);
+        };
+        const at::Tensor from_own = mean_square(own - noise);
+        difference += mean_square(other - noise) - from_own;
+        own_error += from_own;
+        squared_gap += mean_square(own - other);
+        predictions.push_back(own);
+        mass += tap.losses().narrow(0, 0, n).to(at::kCPU, at::kDouble);
+        work_.add(2 * n, progress_line(what, begin + n));
+      }
+      likelihood.push_back(difference / kLookCount);
+      error.push_back(own_error / kLookCount);
+      gap.push_back((squared_gap / kLookCount).sqrt());
+      attention.push_back(mass / kLookCount);
+      noise_seen.push_back(at::stack(predictions, 1));
+    }
+    return {at::cat(likelihood), at::cat(error), at::cat(noise_seen), at::cat(gap),
+            at::cat(attention)};
+  }
+
+  // Own prompts with their phrase's tokens, then as many alternatives with none.
+  std::vector<TapSample> samples(const at::Tensor& which) const {
+    std::vector<TapSample> out;
+    for (int64_t i = 0; i < which.size(0); ++i) {
+      out.push_back({nullptr, tokens_[which[i].item<int64_t>()], {}});
+    }
+    for (int64_t i = 0; i < which.size(0); ++i)
+      out.push_back({nullptr, at::zeros_like(tokens_[0]), {}});
+    return out;
+  }
+
+  // [pairs, H, W, 3] uint8
+  at::Tensor decode(const at::Tensor& latents, const char* what) {
+    std::vector<at::Tensor> pictures;
+    for (int64_t i = 0; i < count(); ++i) {
+      progress_.check();
+      const at::Tensor picture =
+          inputs_.decoder.decode(inputs_.base.to_host_latent(latents.narrow(0, i, 1)))
+              .detach()
+              .to(at::kCPU, at::kFloat);
+      pictures.push_back(at::nan_to_num(picture).clamp(0, 1).mul(255).round().to(at::kByte));
+      work_.add(1, progress_line(what, i + 1));
+    }
+    return at::cat(pictures);
+  }
+
+  // Distance of two pictures over the mean distance of pictures of different prompts; [pairs].
+  static at::Tensor relative_change(const at::Tensor& before, const at::Tensor& after) {
+    const at::Tensor flat = before.flatten(1).to(at::kDouble);
+    const auto n = static_cast<double>(flat.size(0));
+    // Twice the variance is the mean squared distance of two draws; one picture alone is compared
+    // with its own content.
+    const at::Tensor spread = n > 1 ? 2 * (flat - flat.mean(0)).square().sum() / (n - 1)
+                                    : 2 * (flat - flat.mean()).square().sum();
+    return ((after.flatten(1).to(at::kDouble) - flat).square().sum(1) / spread.clamp_min(1e-30))
+        .sqrt();
+  }
+
+  void judge(PicturePair& pair, int64_t index) {
+    pair.seen_before = pair.likelihood_before > 0;
+    pair.seen_after = pair.likelihood_after > 0;
+    const EvaluationPrompt& prompt = evaluation_.prompts[pair.prompt];
+    if (inputs_.detector == nullptr || prompt.name.empty()) return;
+    progress_.check();
+    const at::Tensor both = at::stack({evaluation_.before[index], evaluation_.after[index]});
+    try {
+      const at::Tensor scores = inputs_.detector->score(both.to(at::kFloat) / 255, {prompt.name})
+                                    .detach()
+                                    .to(at::kCPU, at::kDouble);
+      if (scores.dim() != 2 || scores.size(0) != 2 || scores.size(1) != 1) {
+        throw Error("it returned scores of an unexpected shape");
+      }
+      pair.score_before = scores[0][0].item<double>();
+      pair.score_after = scores[1][0].item<double>();
+    } catch (const Error& e) {
+      pair.detector_error = e.what();
+      return;
+    }
+    if (std::isnan(pair.score_before) || std::isnan(pair.score_after)) return;
+    pair.seen_before = pair.score_before >= options_.detector_threshold;
+    pair.seen_after = pair.score_after >= options_.detector_threshold;
+  }
+
+  const EvaluationInputs& inputs_;
+  const EvaluationOptions& options_;
+  Evaluation& evaluation_;
+  Progress& progress_;
+  std::vector<int64_t> shape_;
+  at::Tensor levels_;
+  Work work_;
+  TextEmbedding own_;
+  TextEmbedding alternative_;
+  TextEmbedding negative_;
+  at::Tensor tokens_;  // [prompts, window]
+};
+
+std::string fingerprint_of_weights(Denoiser& model, Progress& progress) {
+  uint64_t hash = 0;
+  for (const AttentionProjection& projection : model.cross_attention()) {
+    progress.check();
+    const at::Tensor weight =
+        model.effective_weight(projection.name).detach().to(at::kCPU, at::kFloat).contiguous();
+    hash = stable_hash(std::to_string(hash) +
+                       std::to_string(stable_hash(
+                           {static_cast<const char*>(weight.data_ptr()), weight.nbytes()})));
+  }
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
+  return text;
+}
+
+std::string shared_anchor(const ConceptSet& set) { return set.concepts.front().anchor; }
+
+}  // namespace
+
+std::string_view to_string(EvaluationLevel level) {
+  return level == EvaluationLevel::kPreflight ? "preflight" : "quick";
+}
+
+EvaluationLevel evaluation_level_from_string(std::string_view text) {
+  if (text == "preflight") return EvaluationLevel::kPreflight;
+  if (text == "quick") return EvaluationLevel::kQuick;
+  throw Error("unknown level '" + std::string(text) + "'; use one of: preflight, quick");
+}
+
+std::string_view to_string(PromptList list) {
+  switch (list) {
+    case PromptList::kTarget:
+      return "erased";
+    case PromptList::kSynonyms:
+      return "synonyms";
+    case PromptList::kPreserved:
+      return "preserved";
+    case PromptList::kNeighbours:
+      return "neighbours";
+    case PromptList::kUnrelated:
+      break;
+  }
+  return "unrelated";
+}
+
+bool should_vanish(PromptList list) {
+  return list == PromptList::kTarget || list == PromptList::kSynonyms;
+}
+
+void check(const EvaluationInputs& inputs, const ConceptSet& set,
+           const EvaluationOptions& options) {
+  validate(set);
+  const auto in_range = [](const char* name, int64_t value, int64_t low, int64_t high) {
+    if (value < low || value > high) {
+      throw Error(std::string(name) + " must be " + std::to_string(low) + " to " +
+                  std::to_string(high) + ", not " + std::to_string(value));
+    }
+  };
+  in_range("prompts", options.prompts, 1, kTemplatesPerKind);
+  in_range("images", options.images, 1, 256);
+  in_range("steps", options.steps, 1, 200);
+  in_range("batch", options.batch, 1, 64);
+  if (options.width < 64 || options.height < 64 || options.width % 8 != 0 ||
+      options.height % 8 != 0) {
+    throw Error("width and height must be multiples of 8 and at least 64, not " +
+                std::to_string(options.width) + " x " + std::to_string(options.height));
+  }
+  if (!(options.detector_threshold >= 0.0 && options.detector_threshold <= 1.0)) {
+    throw Error("detector threshold must lie between 0 and 1");
+  }
+  edited_projections(inputs.base, EditedMatrices::kKeyAndValue, inputs.encoder.width());
+  check_same_family(inputs.base, inputs.edited);
+  std::set<std::string> erased;
+  for (const Concept& item : set.concepts) {
+    for (const std::string& phrase : phrases(item)) erased.insert(fold_case(phrase));
+  }
+  for (const std::string& word : options.neighbours) {
+    if (erased.contains(fold_case(word))) {
+      throw Error("'" + word + "' is to be erased, so that it cannot be a neighbour to survive");
+    }
+  }
+  check_phrases(inputs.encoder, set);
+  if (options.level == EvaluationLevel::kPreflight) return;
+  const std::vector<int64_t> shape = inputs.base.latent_shape(options.width, options.height);
+  const at::Tensor picture = inputs.decoder.decode(
+      inputs.base.to_host_latent(at::zeros({1, shape[0], shape[1], shape[2]})));
+  if (picture.dim() != 4 || picture.size(0) != 1 || picture.size(3) != 3) {
+    throw Error("the VAE does not make pictures; connect the VAE of the same checkpoint");
+  }
+}
+
+std::vector<EvaluationPrompt> evaluation_prompts(const ConceptSet& set,
+                                                 const EvaluationOptions& options,
+                                                 const ResidualScan& scan) {
+  std::vector<EvaluationPrompt> prompts;
+  const auto add = [&](PromptList list, int64_t index, ConceptKind kind, int64_t number,
+                       const std::string& phrase, const std::string& name,
+                       const std::string& anchor) {
+    const std::string_view form =
+        prompt_templates(kind)[static_cast<size_t>(number % kTemplatesPerKind)];
+    prompts.push_back(
+        {list, index, phrase, name, fill_template(form, phrase), fill_template(form, anchor)});
+  };
+
+  std::vector<std::string> all_phrases;
+  for (size_t i = 0; i < set.concepts.size(); ++i) {
+    const Concept& item = set.concepts[i];
+    const auto index = static_cast<int64_t>(i);
+    for (int64_t k = 0; k < options.prompts; ++k) {
+      add(PromptList::kTarget, index, item.kind, k, item.target, item.target, item.anchor);
+    }
+    std::vector<std::string> forms = item.synonyms;
+    for (const PhraseResidual& variant : phrase_variants(item.target)) {
+      if (variant.form == "plural" || variant.form == "typo") forms.push_back(variant.phrase);
+    }
+    for (int64_t k = 0; k < options.prompts && !forms.empty(); ++k) {
+      add(PromptList::kSynonyms, index, item.kind, k, forms[static_cast<size_t>(k) % forms.size()],
+          item.target, item.anchor);
+    }
+    for (const std::string& phrase : phrases(item)) all_phrases.push_back(phrase);
+  }
+
+  // Of a list that is longer than asked for, every n-th; of a shorter one, several templates.
+  const auto concepts = static_cast<int64_t>(set.concepts.size());
+  const int64_t wanted = options.prompts * concepts;
+  const auto add_kept = [&](PromptList list, const std::vector<PreservedPhrase>& words) {
+    const auto n = static_cast<int64_t>(words.size());
+    if (n == 0) return;
+    const int64_t used = std::min(n, wanted);
+    const int64_t each = std::max<int64_t>(1, options.prompts / used);
+    for (int64_t i = 0; i < used; ++i) {
+      const PreservedPhrase& word = words[static_cast<size_t>(i * n / used)];
+      for (int64_t k = 0; k < each; ++k) {
+        add(list, -1, word.kind, each * i + k, word.phrase, word.phrase, shared_anchor(set));
+      }
+    }
+  };
+  add_kept(PromptList::kPreserved, set.preserve);
+  std::vector<PreservedPhrase> near;
+  for (const std::string& word : options.neighbours) {
+    near.push_back({word, set.concepts.front().kind, 1});
+  }
+  if (options.neighbours.empty()) {
+    std::set<std::string> known;
+    for (const ConceptResidual& item : scan.concepts) {
+      int64_t taken = 0;
+      for (const std::string& word : item.neighbours) {
+        if (taken == options.prompts) break;
+        ++taken;
+        if (known.insert(word).second) near.push_back({word, ConceptKind::kObject, 1});
+      }
+    }
+  }
+  add_kept(PromptList::kNeighbours, near);
+
+  for (const PreservedPhrase& item : set.preserve) all_phrases.push_back(item.phrase);
+  const std::vector<std::string> named = captions_naming(GeneralPriorSize::kFull, all_phrases);
+  const std::set<std::string> left_out(named.begin(), named.end());
+  const std::span<const std::string_view> captions = generic_captions(GeneralPriorSize::kFull);
+  // Past the small prior, which an edit may have been told to protect.
+  const size_t first = generic_captions(GeneralPriorSize::kSmall).size();
+  const size_t stride = (captions.size() - first) / static_cast<size_t>(options.prompts);
+  for (int64_t k = 0; k < options.prompts; ++k) {
+    size_t at = first + static_cast<size_t>(k) * stride;
+    while (at + 1 < captions.size() && left_out.contains(std::string(captions[at]))) ++at;
+    prompts.push_back({PromptList::kUnrelated, -1, "", "", std::string(captions[at]), ""});
+  }
+  return prompts;
+}
+
+Evaluation evaluate(const EvaluationInputs& inputs, const ConceptSet& set,
+                    const EvaluationOptions& options, Progress& progress) {
+  check(inputs, set, options);
+  Evaluation evaluation;
+  evaluation.options = options;
+  evaluation.concepts = set;
+  evaluation.family = inputs.base.family();
+  evaluation.model_fingerprint = inputs.base.fingerprint();
+  evaluation.encoder_fingerprint = inputs.encoder.fingerprint();
+  evaluation.edited_fingerprint = fingerprint_of_weights(inputs.edited, progress);
+  if (inputs.detector != nullptr) {
+    evaluation.detector_name = inputs.detector->name();
+    evaluation.detector_version = inputs.detector->version();
+  }
+  evaluation.scan =
+      scan_residuals(inputs.base, inputs.edited, inputs.encoder, set, options.neighbours, progress);
+  if (options.level == EvaluationLevel::kPreflight) return evaluation;
+
+  evaluation.prompts = evaluation_prompts(set, options, evaluation.scan);
+  for (size_t i = 0; i < evaluation.prompts.size(); ++i) {
+    for (int64_t k = 0; k < options.images; ++k) {
+      PicturePair pair;
+      pair.prompt = i;
+      pair.image = k;
+      evaluation.pairs.push_back(pair);
+    }
+  }
+  const auto pairs = static_cast<int64_t>(evaluation.pairs.size());
+  if (pairs > kMostPairs) {
+    throw Error("this would draw " + std::to_string(pairs) + " pairs of pictures, and " +
+                std::to_string(kMostPairs) + " is the limit; lower 'prompts' or 'images'");
+  }
+  progress.status(std::to_string(pairs) + " pairs of pictures, " +
+                  std::to_string(2 * pairs * options.steps) + " steps of drawing");
+  Studio(inputs, options, evaluation, progress).run();
+  return evaluation;
+}
+
+}  // namespace lacuna

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "nodes/node.h"
+
+namespace lacuna {
+
+// What an edit erased and what survived it: the model before and after, on the same seeds.
+class EvaluateErasureNode final : public Node {
+ public:
+  const NodeSchema& schema() const override;
+  void validate(const NodeInputs& constants) const override;
+  NodeResult run(const NodeInputs& inputs, Progress& progress) override;
+};
+
+}  // namespace lacuna

@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: Apache-2.0
+// Evaluation: what is drawn, what is counted, what is said, and the sheet and report made of it.
+#include "lacuna/evaluation.h"
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "lacuna/contact_sheet.h"
+#include "lacuna/error.h"
+#include "lacuna/evaluation_report.h"
+#include "support/fake_host.h"
+#include "support/message_of.h"
+#include "support/random_data.h"
+
+namespace lacuna {
+namespace {
+
+using testing::CountingProgress;
+using testing::FakeDenoiser;
+using testing::FakeTextEncoder;
+using testing::message_of;
+
+// Sees every name in the pictures before the edit, none in those after it.
+class FakeDetector final : public Detector {
+ public:
+  std::string name() override { return "fake"; }
+  std::string version() override { return "7"; }
+  at::Tensor score(const at::Tensor& images, const std::vector<std::string>& names) override {
+    ++calls;
+    EXPECT_EQ(images.size(0), 2);
+    EXPECT_EQ(names.size(), 1u);
+    if (names[0] == "dog") throw Error("cannot see dogs");
+    const double unknown = names[0] == "eagle" ? kUnknown : 0.0;
+    at::Tensor scores = at::zeros({2, 1}, at::kDouble);
+    scores[0][0] = 0.9 + unknown;
+    scores[1][0] = 0.1 + unknown;
+    return scores;
+  }
+  int64_t calls = 0;
+};
+
+class WrongDecoder final : public testing::FakeImageDecoder {
+ public:
+  at::Tensor decode(const at::Tensor& latent) override { return latent.unsqueeze(0); }
+};
+
+class EvaluationTest : public testing::DeviceTest {
+ protected:
+  EvaluationTest() {
+    Concept owl;
+    owl.target = "owl";
+    owl.anchor = "fog";
+    owl.synonyms = {"night bird"};
+    set_.concepts = {owl};
+    set_.preserve = {{"dog", ConceptKind::kObject, 4}};
+    options_.prompts = 2;
+    options_.steps = 3;
+    options_.cfg = 3.0;
+    options_.width = options_.height = 64;
+    options_.neighbours = {"eagle"};
+  }
+  Evaluation run(Denoiser& edited, Detector* detector = nullptr) {
+    const EvaluationInputs inputs{*model_, edited, *clip_, *vae_, detector};
+    return evaluate(inputs, set_, options_, progress_);
+  }
+  std::shared_ptr<Denoiser> edited(double size) {
+    std::vector<WeightDelta> deltas;
+    for (const auto& [name, value] : model_->weights_) {
+      deltas.push_back({name, size * at::randn_like(value), {}});
+    }
+    return model_->with_weight_deltas(deltas, 1.0);
+  }
+
+  std::shared_ptr<FakeDenoiser> model_ = std::make_shared<FakeDenoiser>(3, 16, device());
+  std::shared_ptr<FakeTextEncoder> clip_ = std::make_shared<FakeTextEncoder>(16, device());
+  std::shared_ptr<ImageDecoder> vae_ = std::make_shared<testing::FakeImageDecoder>();
+  ConceptSet set_;
+  EvaluationOptions options_;
+  CountingProgress progress_;
+};
+INSTANTIATE_TEST_SUITE_P(Devices, EvaluationTest, ::testing::ValuesIn(testing::devices()));
+
+TEST_P(EvaluationTest, ADoNothingEditIsCalledWhatItIs) {
+  const Evaluation result = run(*model_);
+  EXPECT_TRUE(result.identical);
+  ASSERT_EQ(result.pairs.size(), 2 * result.prompts.size());
+  for (const PicturePair& pair : result.pairs) {
+    EXPECT_EQ(pair.latent_change, 0.0);
+    EXPECT_EQ(pair.pixel_change, 0.0);
+    EXPECT_EQ(pair.likelihood_before, pair.likelihood_after);
+    EXPECT_EQ(pair.seen_before, pair.seen_after);
+    EXPECT_EQ(pair.noise_shift, 0.0);
+    EXPECT_NEAR(pair.implausibility, 1.0, 1e-9);
+  }
+  const EvaluationSummary summary = summarize(result);
+  EXPECT_NE(summary.verdict.at(0).find("Nothing was erased"), std::string::npos);
+  for (const ListSummary& list : summary.lists) EXPECT_EQ(list.p, 1.0);
+  EXPECT_EQ(progress_.last_done, progress_.last_total);
+}
+
+TEST_P(EvaluationTest, DrawsEveryListAndMeasuresEveryPair) {
+  const auto model = edited(0.5);
+  const Evaluation result = run(*model);
+  std::map<PromptList, int64_t> prompts;
+  for (const EvaluationPrompt& prompt : result.prompts) ++prompts[prompt.list];
+  for (const PromptList list : kPromptLists) EXPECT_EQ(prompts[list], 2) << to_string(list);
+  EXPECT_FALSE(result.identical);
+  for (const PicturePair& pair : result.pairs) {
+    const EvaluationPrompt& prompt = result.prompts[pair.prompt];
+    EXPECT_GT(pair.latent_change, 0.0);
+    EXPECT_TRUE(std::isfinite(pair.likelihood_before) && std::isfinite(pair.likelihood_edited));
+    EXPECT_TRUE(std::isnan(pair.score_after));
+    EXPECT_GT(pair.noise_shift, 0.0);
+    EXPECT_EQ(std::isnan(pair.attention_before), prompt.list == PromptList::kUnrelated);
+    EXPECT_FALSE(pair.attention_before <= 0.0);
+    if (prompt.list == PromptList::kTarget) {
+      EXPECT_NE(prompt.text.find("owl"), std::string::npos);
+      EXPECT_NE(prompt.alternative.find("fog"), std::string::npos);
+    }
+  }
+}
+
+TEST_P(EvaluationTest, APictureDependsOnItsPromptNumberAndSeedAlone) {
+  const auto model = edited(0.5);
+  const Evaluation reference = run(*model);
+  options_.batch = 1;
+  options_.prompts = 1;
+  const Evaluation alone = run(*model);
+  const auto difference = [&](const Evaluation& other) {
+    return (other.after[0].to(at::kFloat) - reference.after[0].to(at::kFloat))
+        .abs()
+        .max()
+        .item<double>();
+  };
+  EXPECT_LE(difference(alone), 1.0);  // batches round differently
+  options_.seed = 1;
+  EXPECT_GT(difference(run(*model)), 1.0);
+}
+
+TEST_P(EvaluationTest, ADetectorDecidesWhereItKnowsTheName) {
+  FakeDetector detector;
+  const Evaluation result = run(*edited(0.5), &detector);
+  EXPECT_EQ(detector.calls, 16);  // all but the captions
+  for (const PicturePair& pair : result.pairs) {
+    const EvaluationPrompt& prompt = result.prompts[pair.prompt];
+    if (prompt.list == PromptList::kTarget || prompt.list == PromptList::kSynonyms) {
+      EXPECT_TRUE(pair.seen_before);
+      EXPECT_FALSE(pair.seen_after);
+    } else {
+      EXPECT_EQ(pair.seen_after, pair.likelihood_after > 0);
+    }
+    EXPECT_EQ(pair.detector_error.empty(), prompt.phrase != "dog");
+  }
+  const EvaluationSummary summary = summarize(result);
+  EXPECT_EQ(summary.scores.erased, 1.0);
+  EXPECT_EQ(summary.scores.synonyms, 1.0);
+  const auto json = nlohmann::json::parse(to_json(result, summary));
+  EXPECT_EQ(json.at("counts").at("erased"), (nlohmann::json{4, 4}));
+  EXPECT_EQ(json.at("protocol").at("detector").at("version"), "7");
+  EXPECT_NE(json.dump().find("cannot see dogs"), std::string::npos);
+}
+
+TEST_P(EvaluationTest, PreflightDrawsNothing) {
+  options_.level = EvaluationLevel::kPreflight;
+  const Evaluation result = run(*edited(0.3));
+  EXPECT_TRUE(result.pairs.empty());
+  const EvaluationSummary summary = summarize(result);
+  EXPECT_GE(summary.scores.erased, 0.0);
+  EXPECT_LE(summary.scores.neighbours, 1.0);
+  EXPECT_TRUE(std::isnan(summary.scores.unrelated));
+  EXPECT_NE(summary.verdict.at(0).find("'owl'"), std::string::npos);
+  const at::Tensor sheet = draw_contact_sheet(result, summary);
+  EXPECT_EQ(sheet.dim(), 4);
+  EXPECT_NE(summarize(run(*model_)).verdict.at(0).find("No key or value matrix differs"),
+            std::string::npos);
+}
+
+TEST_P(EvaluationTest, TheSheetHoldsThePicturesAndBothColours) {
+  set_.concepts.push_back(set_.concepts[0]);
+  set_.concepts[1].target = "moth \xc3\xa9t\xc3\xa9";
+  set_.concepts[1].synonyms = {};
+  FakeDetector detector;
+  const Evaluation result = run(*edited(0.5), &detector);
+  const EvaluationSummary summary = summarize(result);
+  const at::Tensor sheet = draw_contact_sheet(result, summary);
+  ASSERT_EQ(sheet.size(0), 2);
+  EXPECT_EQ(sheet.size(3), 3);
+  EXPECT_GE(sheet.min().item<double>(), 0.0);
+  EXPECT_LE(sheet.max().item<double>(), 1.0);
+  const auto pixels_of = [&](double r, double g, double b) {
+    const at::Tensor colour = at::zeros({3});
+    colour[0] = r;
+    colour[1] = g;
+    colour[2] = b;
+    return (sheet - colour).abs().amax(-1).lt(1e-3).sum().item<int64_t>();
+  };
+  EXPECT_GT(pixels_of(0.0, 0.447, 0.698), 1000);
+  // A tile is 16 times the fake decoder's 8 pixels: every pixel of the first picture is there.
+  const at::Tensor first = result.after[0][0][0].to(at::kFloat) / 255;
+  EXPECT_GE((sheet - first).abs().amax(-1).lt(1e-3).sum().item<int64_t>(), 256);
+}
+
+TEST_P(EvaluationTest, TheReportIsCompleteAndSafeToShow) {
+  set_.concepts[0].target = "<owl> & \"co\"";
+  const Evaluation result = run(*edited(0.5));
+  const EvaluationSummary summary = summarize(result);
+  const std::string json = to_json(result, summary);
+  const auto root = nlohmann::json::parse(json);
+  for (const char* key : {"pack", "model", "edited_weights", "sampler", "steps", "cfg", "seed",
+                          "prompts_hash", "detector", "size", "concepts"}) {
+    EXPECT_TRUE(root.at("protocol").contains(key)) << key;
+  }
+  EXPECT_EQ(root.at("pairs").size(), result.pairs.size());
+  EXPECT_EQ(root.at("preflight").at("concepts").size(), 1u);
+  const std::string html = to_html(json, {"not really a picture"});
+  EXPECT_EQ(html.find("<owl>"), std::string::npos);
+  EXPECT_NE(html.find("&lt;owl&gt;"), std::string::npos);
+  EXPECT_NE(html.find("data:image/png;base64,bm90IHJlYWxseSBhIHBpY3R1cmU="), std::string::npos);
+  EXPECT_NE(message_of([] { to_html("{}", {}); }).find("cannot be read"), std::string::npos);
+  EXPECT_NE(message_of([] { to_html(R"({"format":"x"})", {}); }).find("not a report"),
+            std::string::npos);
+}
+
+TEST_P(EvaluationTest, RefusesBeforeAnyWork) {
+  const auto refused = [&](const std::string& expected) {
+    const std::string message = message_of([&] { run(*model_); });
+    EXPECT_NE(message.find(expected), std::string::npos) << message;
+    EXPECT_EQ(clip_->encoded_prompts, 0);
+  };
+  options_.width = 60;
+  refused("multiples of 8");
+  options_.width = 64;
+  options_.images = 0;
+  refused("images must be 1 to 256, not 0");
+  options_.images = 2;
+  options_.neighbours = {"Night bird"};
+  refused("is to be erased");
+  options_.neighbours = {};
+  vae_ = std::make_shared<WrongDecoder>();
+  refused("VAE");
+  set_.concepts.clear();
+  refused("no concept");
+}
+
+TEST_P(EvaluationTest, CanBeCancelledAtAnyTime) {
+  run(*model_);
+  const int64_t checks = progress_.checks;
+  for (const double share : {0.1, 0.3, 0.5, 0.7, 0.9, 1.0}) {
+    progress_ = {};
+    progress_.cancel_at = std::max<int64_t>(1, std::lround(share * static_cast<double>(checks)));
+    EXPECT_THROW(run(*model_), testing::Cancelled);
+  }
+}
+
+TEST(Verdict, SaysHowSureItIs) {
+  Evaluation evaluation;
+  Concept dog;
+  dog.target = "dog";
+  dog.anchor = "star";
+  evaluation.concepts.concepts = {dog};
+  evaluation.prompts = {
+      {PromptList::kTarget, 0, "dog", "dog", "a photo of dog", "a photo of star"},
+      {PromptList::kNeighbours, -1, "wolf", "wolf", "a photo of wolf", "a photo of star"},
+      {PromptList::kUnrelated, -1, "", "", "a calm lake", ""}};
+  const auto add = [&](size_t prompt, bool before, bool after, double change) {
+    PicturePair pair;
+    pair.prompt = prompt;
+    pair.seen_before = before;
+    pair.seen_after = after;
+    pair.latent_change = pair.pixel_change = change;
+    pair.implausibility = 1.0;
+    evaluation.pairs.push_back(pair);
+  };
+  for (int i = 0; i < 20; ++i) add(0, true, false, 0.9);
+  for (int i = 0; i < 4; ++i) add(1, true, true, 0.1);
+  for (int i = 0; i < 4; ++i) add(2, true, true, 0.05);
+  EvaluationSummary summary = summarize(evaluation);
+  EXPECT_EQ(summary.verdict.at(0), "'dog' is gone in 20 of 20 pictures (up to 16 % possible).");
+  EXPECT_EQ(summary.verdict.at(1), "'wolf' changed little.");
+  EXPECT_NEAR(summary.scores.harmonic_mean, 1.0, 1e-12);
+  EXPECT_NEAR(summary.lists.at(0).p, std::pow(0.5, 19), 1e-12);
+
+  // The same edit, but everything else goes with it.
+  for (PicturePair& pair : evaluation.pairs) {
+    pair.latent_change = 0.9;
+    pair.seen_after = false;
+  }
+  summary = summarize(evaluation);
+  EXPECT_NE(summary.verdict.at(0).find("damages the model"), std::string::npos);
+  EXPECT_EQ(summary.scores.harmonic_mean, 0.0);
+}
+
+// Pictures that are normally distributed around 0: their path from noise is known exactly.
+class GaussianDenoiser final : public FakeDenoiser {
+ public:
+  GaussianDenoiser() : FakeDenoiser(1, 16) {}
+  at::Tensor denoise(const DenoiseRequest& request, AttentionTap*) override {
+    const at::Tensor variance = request.sigma.square().reshape({-1, 1, 1, 1});
+    return request.noisy / (1 + variance);
+  }
+};
+
+TEST(Dpmpp2M, IsOfSecondOrderWhereEulerIsOfFirst) {
+  GaussianDenoiser model;
+  LatentRequest request;
+  request.noise = at::ones({1, 4, 8, 8});
+  request.positive = request.negative = {at::zeros({1, 77, 16}), {}};
+  request.cfg = 1.0;
+  const auto error = [&](Sampler sampler, int64_t steps) {
+    request.sampler = sampler;
+    request.steps = steps;
+    const double largest = model.noise_levels()[-1].item<double>();
+    const double exact = largest / std::sqrt(1 + largest * largest);
+    const at::Tensor drawn = sample_latents(model, request, [](int64_t) { return nullptr; });
+    return std::abs(drawn.mean().item<double>() - exact);
+  };
+  // Twice the steps: half the error of Euler's method, about a quarter here.
+  EXPECT_GT(error(Sampler::kEuler, 160), 0.45 * error(Sampler::kEuler, 80));
+  EXPECT_LT(error(Sampler::kDpmpp2M, 160), 0.35 * error(Sampler::kDpmpp2M, 80));
+  EXPECT_LT(error(Sampler::kDpmpp2M, 80), 0.5 * error(Sampler::kEuler, 80));
+  EXPECT_EQ(sampler_from_string("dpmpp_2m"), Sampler::kDpmpp2M);
+  EXPECT_NE(message_of([] { sampler_from_string("ddim"); }).find("dpmpp_2m"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace lacuna
