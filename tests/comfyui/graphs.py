@@ -18,6 +18,9 @@ QUICK = {
         "steps": 3, "images": 2, "sampling_steps": 3, "width": 64, "height": 64,
         "learning_rate": 0.01,
     },
+    "LacunaEvaluateErasure": {
+        "prompts": 1, "images": 1, "steps": 2, "width": 64, "height": 64, "neighbours": "pie",
+    },
 }  # fmt: skip
 
 
@@ -83,6 +86,18 @@ class Builder:
         links = {"model": ["ckpt", 0], "clip": ["ckpt", 1], "loras": loras or ["erase", 0]}
         inputs = defaults(self._schemas, node) | links | {"lora_rank": 768} | values
         return {"fuse": {"class_type": node, "inputs": inputs}}
+
+    def evaluate(self, erased: list[Any], base: list[Any] | None = None, **values: Any) -> Graph:
+        node = "LacunaEvaluateErasure"
+        links = {
+            "base_model": base or ["ckpt", 0],
+            "erased_model": erased,
+            "clip": ["ckpt", 1],
+            "vae": ["ckpt", 2],
+            "concepts": ["set", 0],
+        }
+        inputs = defaults(self._schemas, node) | QUICK[node] | links | values
+        return {"evaluate": {"class_type": node, "inputs": inputs}}
 
     def pipeline(self, **erase: Any) -> Graph:
         """Concept Set, Attention Refine ('mace'), LoRA Erase and LoRA Fuse."""

@@ -360,6 +360,43 @@ def test_a_real_error_is_one_sentence(command, capsys):
     assert "uni_pc" in output.err and "dpmpp_2m" in output.err
 
 
+@pytest.fixture
+def evaluation(demo_checkpoint, tmp_path, monkeypatch):
+    """Arguments of a very short evaluation of the demo model against itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = tmp_path / "words.txt"
+    words.write_text("dog -> star | puppy\n", encoding="utf-8")
+    small = {"prompts": 1, "images": 1, "steps": 1, "width": 64, "height": 64, "neighbours": "wolf"}
+    widgets = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    paths = ["--checkpoint", str(demo_checkpoint), "--edited", str(demo_checkpoint)]
+    files = ["--concepts", str(words), "--output", str(tmp_path / "out")]
+    return ["evaluate", *paths, *files, *widgets]
+
+
+@real
+def test_an_evaluation_writes_one_page_of_html(evaluation, tmp_path, capsys):
+    assert cli.main(evaluation) == 0
+    assert "Nothing was erased" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert report["counts"]["erased"][1] == 1
+    assert [pair["latent_change"] for pair in report["pairs"]] == [0.0] * len(report["pairs"])
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "Nothing was erased" in page and "data:image/png;base64,iVBOR" in page
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [(["--concepts", "nowhere.txt"], "no file nowhere.txt"), (["--width", "100"], "multiples of")],
+)
+@real
+def test_a_bad_evaluation_is_one_sentence(evaluation, tmp_path, capsys, setting, sentence):
+    assert cli.main([*evaluation, *setting]) == 1
+    output = capsys.readouterr()
+    assert output.out == "" and sentence in output.err and len(output.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def _read_until_closed(terminal: int, seconds: float) -> bytes:
     """A process that writes to a terminal nobody reads from is stuck once the buffer is full."""
     read, deadline = b"", time.monotonic() + seconds
