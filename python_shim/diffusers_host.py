@@ -431,7 +431,7 @@ class DiffusersImageDecoder:
                 for one in images
             ]
         latent = torch.cat(latents)
-        if not bool(latent.any()):  # the demo model, for one, has zeros there
+        if not bool(latent.any()):  # a VAE that was cut down to its decoder
             raise HostError(
                 "This checkpoint's VAE can only decode; use one that can read pictures, too."
             )

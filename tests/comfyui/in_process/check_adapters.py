@@ -463,23 +463,25 @@ def test_pictures_and_latents(host: ModuleType, checkpoint: Any) -> None:
 
 
 def test_encoding_needs_an_encoder(host: ModuleType, checkpoint: Any) -> None:
-    """The demo model's is all zeros; with weights, it is the host's own encoding."""
+    """A decoder's other half can be all zeros; with weights, it is the host's own encoding."""
     vae = checkpoint[2]
     decoder = host.ComfyImageDecoder(vae)
     images = torch.rand(1, 32, 48, 4, generator=torch.Generator().manual_seed(1))
-    with pytest.raises(ValueError, match="can only decode"):
-        decoder.encode(images)
     encoder = vae.first_stage_model.taesd_encoder
-    zeros = copy.deepcopy(encoder.state_dict())
+    trained = copy.deepcopy(encoder.state_dict())
     generator = torch.Generator().manual_seed(0)
     try:
+        for parameter in encoder.parameters():
+            parameter.zero_()
+        with pytest.raises(ValueError, match="can only decode"):
+            decoder.encode(images)
         for parameter in encoder.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         latent = decoder.encode(images)
         assert latent.shape == (1, 4, 4, 6) and float(latent.abs().max()) > 0
         assert torch.equal(latent, vae.encode(images[..., :3]))
     finally:
-        encoder.load_state_dict(zeros)
+        encoder.load_state_dict(trained)
 
 
 # --- progress ---
