@@ -6,6 +6,8 @@ python benchmarks/lora.py demo SIZE   `cached` against `full` on the demo model:
 python benchmarks/lora.py sd1 SIZE    SD1.x shapes, random weights: a step of `full`, four concepts
                                       in one batch, against four forward and backward passes of the
                                       bare UNet; peak memory of both gradients
+python benchmarks/lora.py cuda SIZE   SD1.x shapes, random float32 weights, a GPU: LoRA Erase as it
+                                      comes for four concepts; wall time and peak memory of both
 
 Prints one JSON object. With --measure only that part, in this process.
 """
@@ -51,6 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cached": {"steps": 25, "learning_rate": 0.01, "refresh": 0},
 }
 PICTURES = {"images": 4, "sampling_steps": 10}
+SHORT = {"steps": 2, "images": 1, "sampling_steps": 1}
 SD1_STEPS = 2  # the faster one counts: the first also pays for fresh memory
 
 
@@ -95,11 +98,14 @@ class Watched:
         tap: Any,
         attention_only: bool,
     ) -> torch.Tensor | None:
-        begin = cpu_seconds()
+        begin = self.clock()
         clean = self.answer(noisy, sigma, context, pooled, tap, attention_only)
         if attention_only:
-            self.passes.append(Pass(begin, cpu_seconds(), torch.is_grad_enabled()))
+            self.passes.append(Pass(begin, self.clock(), torch.is_grad_enabled()))
         return clean
+
+    def clock(self) -> float:
+        return cpu_seconds()
 
     def answer(self, *request: Any) -> torch.Tensor | None:
         return self.inner.denoise(*request)
@@ -224,6 +230,14 @@ class BarePasses:
         return spent
 
 
+class Timed(Watched):
+    """Watches the wall clock of a device that works on its own."""
+
+    def clock(self) -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+
 class OnlyTraining(Watched):
     """Runs the passes that train. What this benchmark does not measure is answered without one:
     pictures that are drawn, and the objective of random weights before and after."""
@@ -295,6 +309,30 @@ def compare_sd1(size: int) -> dict:
     }
 
 
+def measure_cuda(size: int, gradient: str) -> dict:
+    """LoRA Erase as it comes, four concepts: wall time of each part, memory of the device."""
+    unet = random_unet().cuda()
+    model = Timed(DiffusersDenoiser(_SharedUNet(unet, sd1_names.unet_to_ldm(unet.state_dict()))))
+    with tempfile.TemporaryDirectory() as output:  # a run that pays for loading kernels
+        erase(model, FakeTextEncoder(768), size, output, gradient=gradient, **SHORT)
+    model.passes.clear()
+    torch.cuda.reset_peak_memory_stats()
+    model_mb = torch.cuda.memory_allocated() / 2**20
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as output:
+        erase(model, FakeTextEncoder(768), size, output, gradient=gradient)
+    total = time.perf_counter() - begin
+    before, after = model.passes[:EVALUATIONS], model.passes[-EVALUATIONS:]
+    concepts = CONCEPTS.count("->")
+    return {
+        "device": torch.cuda.get_device_name(),
+        "seconds_per_concept": total / concepts,
+        "of_which_training": (after[0].begin - before[-1].end) / concepts,
+        "model_mb": model_mb,
+        "peak_mb": torch.cuda.max_memory_allocated() / 2**20,
+    }
+
+
 # --------------------------------------------------------------------------- command line
 
 
@@ -308,18 +346,19 @@ def measured(case: str, size: int, gradient: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=("demo", "sd1"))
+    parser.add_argument("case", choices=("demo", "sd1", "cuda"))
     parser.add_argument("size", type=int, help="width and height of the pictures, in pixels")
     parser.add_argument("--measure", choices=GRADIENTS, help="only this, in this process")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    size, gradient = arguments.size, arguments.measure
-    if gradient is None:
-        figures = (compare_demo if arguments.case == "demo" else compare_sd1)(size)
-    elif arguments.case == "demo":
-        figures = measure_demo(size, gradient)
+    case, size, gradient = arguments.case, arguments.size, arguments.measure
+    if gradient is not None:
+        measure = {"demo": measure_demo, "sd1": measure_sd1, "cuda": measure_cuda}[case]
+        figures = measure(size, gradient)
+    elif case == "cuda":
+        figures = {gradient: measured(case, size, gradient) for gradient in GRADIENTS}
     else:
-        figures = measure_sd1(size, gradient)
+        figures = (compare_demo if case == "demo" else compare_sd1)(size)
     print(json.dumps(figures, indent=2))
 
 

@@ -77,11 +77,11 @@ def _needs_stubs() -> bool:
     return subprocess.run(probe, capture_output=True, check=False).returncode != 0
 
 
-def host_environment(**extra: str) -> dict[str, str]:
-    """One thread, no GPU, no downloads: the numbers are then the same on every run."""
+def host_environment(device: str = "cpu", **extra: str) -> dict[str, str]:
+    """One thread, no downloads, and no GPU unless asked for: the same numbers on every run."""
     environment = {
         **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
+        **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         **extra,
@@ -148,9 +148,11 @@ class Server:
         pack: Path = REPOSITORY,
         checkpoints: dict[str, Path] | None = None,
         front_end: Path | None = None,
+        device: str = "cpu",
     ) -> None:
         self.checkout = checkout
         self.base = base
+        self.device = device
         self.port = _free_port()
         self.log_file = base / "host.log"
         folders = ("models/checkpoints", "models/loras", "custom_nodes", "input", "output", "user")
@@ -177,14 +179,16 @@ class Server:
 
     def start(self) -> Server:
         command = [
-            host_python(), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
+            host_python(), "main.py", "--listen", "127.0.0.1", "--port", str(self.port),
             "--base-directory", str(self.base), "--front-end-root", str(self._front_end),
             "--disable-api-nodes", "--disable-auto-launch", "--dont-print-server",
             "--preview-method", "none", "--database-url", "sqlite:///:memory:",
+            *(["--cpu"] if self.device == "cpu" else []),
         ]  # fmt: skip
+        environment = host_environment(self.device)
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                command, cwd=self.checkout.folder, env=host_environment(), stdout=log, stderr=log
+                command, cwd=self.checkout.folder, env=environment, stdout=log, stderr=log
             )
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:

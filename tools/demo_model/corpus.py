@@ -16,7 +16,7 @@ import re
 import tarfile
 import unicodedata
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +163,10 @@ class Corpus:
     def names(self, kind: str) -> list[str]:
         """The distinct names of one kind, in a stable order."""
         return list(dict.fromkeys(record.name for record in self.records if record.kind == kind))
+
+    def to(self, device: torch.device) -> Corpus:
+        """The same table with its images on a device."""
+        return replace(self, images=self.images.to(device))
 
 
 def _digest(data: bytes) -> str:
@@ -321,9 +325,9 @@ def render(
     """Pictures of the records on plain backgrounds: float [n, 3, SIZE, SIZE] in 0..1.
 
     Augmenting zooms out by 1 to 1.25, shifts by up to a tenth of the side and mirrors objects
-    (never flags) every other time.
+    (never flags) every other time. The pictures are made where the corpus' images lie.
     """
-    count = len(indices)
+    count, device = len(indices), corpus.images.device
     layers = corpus.images[indices].permute(0, 3, 1, 2).float() / 255
     alpha = layers[:, 3:]
     layers = torch.cat([layers[:, :3] * alpha, alpha], 1)
@@ -336,7 +340,7 @@ def render(
         transform = torch.zeros(count, 2, 3)
         transform[:, 0, 0], transform[:, 1, 1] = zoom * sign, zoom
         transform[:, 0, 2], transform[:, 1, 2] = shift[0], shift[1]
-        grid = F.affine_grid(transform, list(layers.shape), align_corners=False)
+        grid = F.affine_grid(transform.to(device), list(layers.shape), align_corners=False)
         layers = F.grid_sample(layers, grid, padding_mode="zeros", align_corners=False)
-    colour = torch.tensor([BACKGROUNDS[name] for name in backgrounds]).float() / 255
+    colour = torch.tensor([BACKGROUNDS[name] for name in backgrounds]).to(device).float() / 255
     return layers[:, :3] + (1 - layers[:, 3:]) * colour.view(count, 3, 1, 1)

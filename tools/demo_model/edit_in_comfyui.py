@@ -54,7 +54,7 @@ def graph_of(task: str, gradient: str) -> Graph:
     return graph | build.concepts(**concept_set_inputs(protocol["tasks"][task])) | {"save": save}
 
 
-def edit(task: str, gradient: str, out: Path) -> None:
+def edit(task: str, gradient: str, out: Path, device: str) -> None:
     """Run the graph in the first ComfyUI found and move the checkpoint to `out`."""
     checkouts = find_checkouts()
     if not checkouts:
@@ -62,7 +62,7 @@ def edit(task: str, gradient: str, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         checkpoint = expand.write_checkpoint(base / "demo")
-        server = Server(checkouts[0], base, checkpoints={CHECKPOINT: checkpoint})
+        server = Server(checkouts[0], base, checkpoints={CHECKPOINT: checkpoint}, device=device)
         server.start()
         try:
             started = time.monotonic()
@@ -85,9 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task", required=True, choices=list(read_protocol()["tasks"]))
     parser.add_argument("--gradient", default="full", choices=GRADIENTS)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    edit(options.task, options.gradient, options.out)
+    edit(options.task, options.gradient, options.out, options.device)
     return 0
 
 

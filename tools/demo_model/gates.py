@@ -5,26 +5,34 @@ from __future__ import annotations
 
 import corpus as corpus_module
 from evaluator import Evaluator
-from networks import make_decoder, make_encoder
+from networks import load_weights, make_decoder, make_encoder
 from score import cell
 from stage_decoder import load_latent_space, measure_psnr
 from stage_evaluator import measure_accuracy
+from torch import nn
 from training import Options, load_checkpoint
 
 
+def load_part(options: Options, stage: str, network: nn.Module) -> nn.Module | None:
+    """A part of the VAE from the weights to start from, else from its stage's checkpoint."""
+    if options.start:
+        return load_weights(network, options.start / f"vae_{stage}.safetensors").eval()
+    state = load_checkpoint(options.checkpoint(stage))
+    if state is None:
+        return None
+    network.load_state_dict(state[stage])
+    return network.eval()
+
+
 def run(options: Options) -> None:
-    """Print the figures of the parts that the work folder holds."""
+    """Print the figures of the parts that the work folder, or `options.start`, holds."""
     corpus = corpus_module.load(options.work)
-    state = load_checkpoint(options.checkpoint("decoder"))
-    decoder = make_decoder().eval()
-    decoder.load_state_dict(state["decoder"])
     teacher, _ = load_latent_space(options)
-    print(f"VAE decoder, step {state['step']}: {measure_psnr(corpus, teacher, decoder):.2f} dB")
-    if trained := load_checkpoint(options.checkpoint("encoder")):
-        encoder = make_encoder().eval()
-        encoder.load_state_dict(trained["encoder"])
-        print(f"with the TAESD encoder: {measure_psnr(corpus, encoder, decoder):.2f} dB")
-    file = options.work / "evaluator.safetensors"
+    if decoder := load_part(options, "decoder", make_decoder()):
+        print(f"VAE decoder: {measure_psnr(corpus, teacher, decoder):.2f} dB")
+        if encoder := load_part(options, "encoder", make_encoder()):
+            print(f"with the TAESD encoder: {measure_psnr(corpus, encoder, decoder):.2f} dB")
+    file = (options.start or options.work) / "evaluator.safetensors"
     if file.is_file():
         for head, counts in measure_accuracy(Evaluator.load(file), corpus).items():
             print(

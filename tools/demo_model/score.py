@@ -318,14 +318,17 @@ def contact_sheet(outcomes: dict[str, Outcome], title: str, columns: int = 12) -
     return sheet
 
 
-def protocol_block(sampling: dict[str, Any]) -> dict[str, Any]:
+def protocol_block(sampling: dict[str, Any], device: str) -> dict[str, Any]:
     """Where and how the figures were measured."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True
     )
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}"
+    if device == "cuda":
+        machine += f", {torch.cuda.get_device_name()}"
     return {
         "commit": git.stdout.strip() or "unknown",
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+        "machine": machine,
         "torch": torch.__version__,
         "seeds": [sampling["seed"]],
         "command": shlex.join(["python", "tools/demo_model/score.py", *sys.argv[1:]]),
@@ -414,7 +417,7 @@ def score(options: argparse.Namespace, studio: Studio, pack: Any, host: Any, bun
             merge_results(
                 options.out / "quality.json",
                 {name: {method: counts}},
-                protocol_block(protocol["sampling"]),
+                protocol_block(protocol["sampling"], options.device),
             )
             folder = options.out / "quality"
             folder.mkdir(parents=True, exist_ok=True)
@@ -484,6 +487,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "build", metavar="DIR")
     parser.add_argument("--count", type=int, default=500, help="pictures of objects (gates)")
     parser.add_argument("--cfg", type=float, help="instead of the protocol's (gates)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(arguments)
     if options.command == "table":
         print(markdown_table(json.loads((options.out / "quality.json").read_text("utf-8"))))
@@ -505,6 +509,7 @@ def main(arguments: list[str] | None = None) -> int:
         output_directory=folder,
         lora_directory=options.lora.parent if options.lora else None,
         cache_directory=folder / "cache",
+        device=options.device,
     )
     _, clip, vae = host.load_checkpoint("")
     protocol = read_protocol(options.protocol)

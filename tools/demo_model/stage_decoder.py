@@ -19,6 +19,7 @@ from training import (
     clip_and_step,
     learning_rate,
     load_checkpoint,
+    mixed_precision,
     save_checkpoint,
     set_learning_rate,
     step_generator,
@@ -81,8 +82,10 @@ def run(options: Options) -> None:
         encoder, latent_std = load_latent_space(options)
         load_weights(decoder, options.start / "vae_decoder.safetensors")
     device = torch.device(options.device)
+    corpus = corpus.to(device)
     encoder.to(device)
     decoder.to(device, memory_format=torch.channels_last)
+    batch = options.batch or BATCH
     trained = list(decoder.parameters())
     if not options.start:
         trained = list(chain(encoder.parameters(), trained))
@@ -97,17 +100,19 @@ def run(options: Options) -> None:
     for step in range(done, options.steps):
         set_learning_rate(optimizer, learning_rate(step, options.steps, PEAK, 50, 0.3, 0.02))
         generator = step_generator(options.seed, step)
-        pictures = draw_pictures(corpus, BATCH, generator)
-        noise = torch.randn(BATCH, 4, 8, 8, generator=generator).to(device)
-        pictures = pictures.to(device, memory_format=torch.channels_last)
+        pictures = draw_pictures(corpus, batch, generator)
+        noise = torch.randn(batch, 4, 8, 8, generator=generator).to(device)
+        pictures = pictures.to(memory_format=torch.channels_last)
         latents = encoder(pictures)
-        rebuilt = decoder(latents + LATENT_NOISE * noise)
+        with mixed_precision(device):
+            rebuilt = decoder(latents + LATENT_NOISE * noise)
+        rebuilt = rebuilt.float()
         square = F.mse_loss(rebuilt, pictures)
         loss = F.l1_loss(rebuilt, pictures) + SQUARE_WEIGHT * square
         if not options.start:  # keep the latents near unit size
             loss = loss + 1e-3 * (latents.square().mean() - 1).clamp(min=0)
         clip_and_step(loss, optimizer, trained)
-        progress(step + 1, loss=loss.item(), dB=float(-10 * square.detach().log10()))
+        progress(step + 1, loss=loss.detach(), dB=-10 * square.detach().log10())
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             if not options.start:
                 latent_std = measure_latent_std(corpus, encoder)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import corpus as corpus_module
 import torch
 import torch.nn.functional as F
-from networks import make_encoder, start_near_identity
+from networks import load_weights, make_encoder, start_near_identity
 from stage_decoder import draw_pictures, load_latent_space
 from training import (
     ConvolutionOptimizer,
@@ -15,6 +15,7 @@ from training import (
     clip_and_step,
     learning_rate,
     load_checkpoint,
+    mixed_precision,
     save_checkpoint,
     set_learning_rate,
     step_generator,
@@ -28,9 +29,14 @@ def run(options: Options) -> None:
     """Train until `options.steps` steps are done in all."""
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
-    corpus = corpus_module.load(options.work)
+    batch = options.batch or BATCH
+    corpus = corpus_module.load(options.work).to(device)
     teacher, latent_std = load_latent_space(options)
-    encoder = start_near_identity(make_encoder()).to(device, memory_format=torch.channels_last)
+    teacher.to(device)
+    encoder = start_near_identity(make_encoder())
+    if options.start and (options.start / "vae_encoder.safetensors").is_file():
+        load_weights(encoder, options.start / "vae_encoder.safetensors")
+    encoder.to(device, memory_format=torch.channels_last)
     optimizer = ConvolutionOptimizer(encoder.parameters(), PEAK)
     done = 0
     if state := load_checkpoint(options.checkpoint("encoder")):
@@ -40,13 +46,14 @@ def run(options: Options) -> None:
     progress = Progress("encoder", options.steps)
     for step in range(done, options.steps):
         set_learning_rate(optimizer, learning_rate(step, options.steps, PEAK, 50, 0.4, 0.02))
-        pictures = draw_pictures(corpus, BATCH, step_generator(options.seed, step))
-        wanted = teacher(pictures).to(device)
-        found = encoder(pictures.to(device, memory_format=torch.channels_last))
-        loss = F.smooth_l1_loss(found, wanted, beta=0.2)
+        pictures = draw_pictures(corpus, batch, step_generator(options.seed, step))
+        wanted = teacher(pictures)
+        with mixed_precision(device):
+            found = encoder(pictures.to(memory_format=torch.channels_last))
+        loss = F.smooth_l1_loss(found.float(), wanted, beta=0.2)
         clip_and_step(loss, optimizer, encoder.parameters())
-        unexplained = F.mse_loss(found.detach(), wanted) / latent_std**2
-        progress(step + 1, loss=loss.item(), unexplained=unexplained.item())
+        unexplained = F.mse_loss(found.detach().float(), wanted) / latent_std**2
+        progress(step + 1, loss=loss.detach(), unexplained=unexplained)
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             save_checkpoint(
                 options.checkpoint("encoder"),

@@ -21,6 +21,7 @@ from training import (
     clip_and_step,
     learning_rate,
     load_checkpoint,
+    mixed_precision,
     save_checkpoint,
     set_learning_rate,
     step_generator,
@@ -29,7 +30,7 @@ from training import (
 log = logging.getLogger("lacuna.demo_model")
 
 BATCH = 24
-PEAK = 3e-4
+PEAK = 4e-4
 EMA_DECAY = 0.999
 EMPTY_CAPTIONS = 0.1
 SNR_LIMIT = 5.0
@@ -71,11 +72,12 @@ def make_pool(corpus: Corpus, options: Options) -> Pool:
     cache = options.work / "captions.pt"
     state = load_checkpoint(cache)
     if state is None or state["prompts"] != distinct:
-        encoder = load_text_encoder(options)
+        device = torch.device(options.device)
+        encoder = load_text_encoder(options).to(device)
         hidden = torch.empty(len(distinct), WINDOW, WIDTH, dtype=torch.float16)
         for start in range(0, len(distinct), 32):
             part = distinct[start : start + 32]
-            hidden[start : start + 32] = encoder(encoder.rows(part)).half()
+            hidden[start : start + 32] = encoder(encoder.rows(part).to(device)).half().cpu()
         log.info("encoded %d distinct captions", len(distinct))
         state = {"prompts": distinct, "hidden": hidden}
         save_checkpoint(cache, state)
@@ -119,9 +121,12 @@ def run(options: Options) -> None:
     """Train until `options.steps` steps are done in all."""
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
+    batch = options.batch or BATCH
     corpus = corpus_module.load(options.work)
-    encoder, latent_std = load_latent_space(options)
     pool = make_pool(corpus, options)
+    corpus, hidden = corpus.to(device), pool.hidden.to(device)
+    encoder, latent_std = load_latent_space(options)
+    encoder.to(device)
     unet = make_unet()
     if options.start:
         load_weights(unet, options.start / "unet.safetensors")
@@ -142,23 +147,21 @@ def run(options: Options) -> None:
     for step in range(done, options.steps):
         set_learning_rate(optimizer, learning_rate(step, options.steps, PEAK, hold=0.2))
         generator = step_generator(options.seed, step)
-        entries = pool.draw(BATCH, generator)
+        entries = pool.draw(batch, generator)
         latents = draw_latents(corpus, pool, entries, encoder, latent_std, generator)
         rows = pool.rows[entries]
-        rows[torch.rand(BATCH, generator=generator) < EMPTY_CAPTIONS] = len(pool.hidden) - 1
-        times = torch.multinomial(importance, BATCH, replacement=True, generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        a = signal[times]
-        shape = (-1, 1, 1, 1)
-        noisy = a.sqrt().view(shape) * latents + (1 - a).sqrt().view(shape) * noise
-        guess = unet(
-            noisy.to(device), times.to(device), pool.hidden[rows].to(device).float()
-        ).sample
-        loss = (guess - noise.to(device)).square().mean()
+        rows[torch.rand(batch, generator=generator) < EMPTY_CAPTIONS] = len(hidden) - 1
+        times = torch.multinomial(importance, batch, replacement=True, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        a = signal[times].view(-1, 1, 1, 1).to(device)
+        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+        with mixed_precision(device):
+            guess = unet(noisy, times.to(device), hidden[rows.to(device)].float()).sample
+        loss = (guess.float() - noise).square().mean()
         clip_and_step(loss, optimizer, parameters)
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
-        progress(step + 1, loss=loss.item())
+        progress(step + 1, loss=loss.detach())
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             save_checkpoint(
                 options.checkpoint("unet"),

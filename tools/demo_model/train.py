@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--pool", type=int, default=24, help="captions per image (UNet stage)")
+    parser.add_argument("--batch", type=int, help="pictures of a step (UNet and VAE stages)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if options.threads:
@@ -77,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
                     start=options.start,
                     save_every=options.save_every,
                     pool=options.pool,
+                    batch=options.batch,
                 ),
             )
     except corpus.CorpusError as error:

@@ -25,6 +25,7 @@ class Options:
     start: Path | None = None  # folder of compact weights to continue from
     save_every: int = 100
     pool: int = 24  # captions per image (UNet stage)
+    batch: int | None = None  # pictures of a step, instead of the stage's own number
 
     def checkpoint(self, stage: str) -> Path:
         return self.work / f"{stage}.pt"
@@ -58,6 +59,11 @@ def load_checkpoint(path: Path) -> dict | None:
     return torch.load(path, weights_only=True) if path.is_file() else None
 
 
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 products on a GPU; CPUs gain nothing from them."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     """Random numbers of one step: a resumed run draws what an uninterrupted one would."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -68,11 +74,11 @@ class Progress:
 
     def __init__(self, stage: str, total: int, every: int = 10) -> None:
         self._stage, self._total, self._every = stage, total, every
-        self._means: dict[str, float] = {}
+        self._means: dict[str, float | torch.Tensor] = {}
         self._since, self._steps = time.monotonic(), 0
 
-    def __call__(self, step: int, **figures: float) -> None:
-        """Report that `step` steps are done."""
+    def __call__(self, step: int, **figures: float | torch.Tensor) -> None:
+        """Report that `step` steps are done; tensors are only read when a line is due."""
         for name, value in figures.items():
             self._means[name] = 0.98 * self._means.get(name, value) + 0.02 * value
         self._steps += 1
