@@ -41,7 +41,13 @@ def graph_of(task: str, gradient: str) -> Graph:
         (REPOSITORY / "python_shim" / "node_schemas.json").read_text(encoding="utf-8")
     )
     build = Builder(schemas)
-    graph = build.pipeline(gradient=gradient, **protocol["training"][gradient])
+    graph = (
+        build.checkpoint(CHECKPOINT)
+        | build.concepts(**concept_set_inputs(protocol["tasks"][task]))
+        | build.refine(method="mace", **protocol["refinement"])
+        | build.erase(gradient=gradient, **protocol["training"][gradient])
+        | build.fuse(**protocol["fusion"])
+    )
     save = {
         "class_type": "CheckpointSave",
         "inputs": {
@@ -51,7 +57,7 @@ def graph_of(task: str, gradient: str) -> Graph:
             "filename_prefix": "edited",
         },
     }
-    return graph | build.concepts(**concept_set_inputs(protocol["tasks"][task])) | {"save": save}
+    return graph | {"save": save}
 
 
 def edit(task: str, gradient: str, out: Path, device: str) -> None:

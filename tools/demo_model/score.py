@@ -160,10 +160,10 @@ class Editor:
     """Edits the base model for a task, with the nodes themselves."""
 
     def __init__(
-        self, pack: Any, model: Any, clip: Any, training: dict[str, Any], bundles: Path
+        self, pack: Any, model: Any, clip: Any, protocol: dict[str, Any], bundles: Path
     ) -> None:
         self._pack, self._model, self._clip = pack, model, clip
-        self._training, self._bundles = training, bundles
+        self._protocol, self._bundles = protocol, bundles
 
     def edit(self, name: str, task: dict[str, Any], method: str) -> Any:
         """The model after `method` for the task's concepts."""
@@ -178,7 +178,7 @@ class Editor:
         if method == NAIVE_SUM:
             return sum_loras(refined, file)
         inputs = {"model": self._model, "clip": self._clip, "loras": loras}
-        return self._run("LacunaLoRAFuse", inputs)[0]
+        return self._run("LacunaLoRAFuse", inputs | self._protocol["fusion"])[0]
 
     def _run(self, node: str, inputs: dict[str, Any]) -> list[Any]:
         from python_shim import cli
@@ -191,14 +191,14 @@ class Editor:
 
     def _refine(self, concepts: Any, method: str) -> list[Any]:
         inputs = {"model": self._model, "clip": self._clip, "concepts": concepts, "method": method}
-        return self._run("LacunaAttentionRefine", inputs)
+        return self._run("LacunaAttentionRefine", inputs | self._protocol["refinement"])
 
     def _train(self, name: str, concepts: Any, refinement: Any, gradient: str) -> tuple[Any, Path]:
         """LORAS of the task, and the bundle file that holds them."""
         prefix = f"{self._model.fingerprint[:12]}/{name}_{gradient}"
         inputs = {
             "model": self._model, "clip": self._clip, "concepts": concepts,
-            "refinement": refinement, "gradient": gradient, **self._training[gradient],
+            "refinement": refinement, "gradient": gradient, **self._protocol["training"][gradient],
         }  # fmt: skip
         file = self._bundles / f"{prefix}_00001_.safetensors"
         if file.is_file():
@@ -397,7 +397,7 @@ def score(options: argparse.Namespace, studio: Studio, pack: Any, host: Any, bun
         brought = from_workflow(pack, host, options.workflow)
     elif options.checkpoint and not set(METHODS).issuperset(options.method):
         brought = base
-    editor = Editor(pack, base, clip, protocol["training"], bundles)
+    editor = Editor(pack, base, clip, protocol, bundles)
     tasks = list(protocol["tasks"]) if options.task == ["all"] else options.task
     table = {}
     for name in tasks:
