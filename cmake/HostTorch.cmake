@@ -35,6 +35,11 @@ find_library(HOST_TORCH_CPU_LIB torch_cpu PATHS "${HOST_TORCH_DIR}/lib" NO_DEFAU
 find_library(HOST_TORCH_LIB torch PATHS "${HOST_TORCH_DIR}/lib" NO_DEFAULT_PATH REQUIRED)
 find_library(HOST_C10_LIB c10 PATHS "${HOST_TORCH_DIR}/lib" NO_DEFAULT_PATH REQUIRED)
 find_library(HOST_TORCH_PYTHON_LIB torch_python PATHS "${HOST_TORCH_DIR}/lib" NO_DEFAULT_PATH REQUIRED)
+# Some CUDA builds of torch export parts of std::filesystem that jump to address 0, so that the C++
+# runtime has to be the first library in which its symbols are looked up.
+if(UNIX AND NOT APPLE)
+  target_link_libraries(host_torch INTERFACE "-Wl,--push-state,--no-as-needed" stdc++ "-Wl,--pop-state")
+endif()
 target_link_libraries(host_torch INTERFACE "${HOST_TORCH_LIB}" "${HOST_TORCH_CPU_LIB}" "${HOST_C10_LIB}")
 
 add_library(host_torch_python INTERFACE)
