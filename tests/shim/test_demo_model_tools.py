@@ -294,7 +294,7 @@ def test_the_protocol_never_lists_what_it_measures_as_unlisted() -> None:
     protocol = score.read_protocol()
     for name, task in protocol["tasks"].items():
         synonyms = [word for words in task["targets"].values() for word in words]
-        padded = f" {' '.join([*task['targets'], *synonyms, *task['preserve']])} "
+        padded = f" {' '.join([*task['targets'], *synonyms, *task['preserve'], *task['prior']])} "
         for part in ("neighbours", "unrelated"):
             for word in task["lists"][part]["names"]:
                 assert f" {word} " not in padded, (name, part, word)
@@ -375,7 +375,7 @@ def test_scoring_methods_and_a_workflow(trained: Path, tmp_path: Path, capsys) -
     }
     task = {
         "kind": "object", "anchor": "owl", "templates": 1, "general_prior": "none",
-        "targets": {"cat": ["kitten"]}, "preserve": ["owl"], "lists": lists,
+        "targets": {"cat": ["kitten"]}, "preserve": ["owl"], "prior": [], "lists": lists,
     }  # fmt: skip
     sampling = {"sampler": "euler", "scheduler": "normal", "steps": 2, "cfg": 4.0, "size": 64}
     training = {
@@ -385,6 +385,8 @@ def test_scoring_methods_and_a_workflow(trained: Path, tmp_path: Path, capsys) -
     protocol = {
         "sampling": {**sampling, "seed": 1, "batch": 8},
         "templates": ["a photo of {}"],
+        "refinement": {"regularization": 5.0},
+        "fusion": {},
         "training": {"full": training, "cached": training},
         "tasks": {"tiny": task},
     }
@@ -402,7 +404,7 @@ def test_scoring_methods_and_a_workflow(trained: Path, tmp_path: Path, capsys) -
             settings = {key: task[key] for key in ("kind", "templates", "general_prior")}
             node["inputs"] |= settings | {"concepts": "cat -> owl | kitten", "preserve": "owl"}
         if node["class_type"] == "LacunaAttentionRefine":
-            node["inputs"]["method"] = "uce"
+            node["inputs"] |= {"method": "uce", **protocol["refinement"]}
     graph_file = tmp_path / "graph.json"
     graph_file.write_text(json.dumps(graph), encoding="utf-8")
     assert score.main([*common, "--method", "graph", "--workflow", str(graph_file)]) == 0

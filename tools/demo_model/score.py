@@ -142,7 +142,11 @@ class Studio:
 
 
 def concept_set_inputs(task: dict[str, Any]) -> dict[str, Any]:
-    """The widgets of Concept Set for a task."""
+    """The widgets of Concept Set for a task.
+
+    `prior` names objects that no list asks for: they stand in for the general prior, whose captions
+    are made of words that the demo model does not know.
+    """
     lines = [
         f"{target} -> {task['anchor']}" + (f" | {', '.join(synonyms)}" if synonyms else "")
         for target, synonyms in task["targets"].items()
@@ -150,8 +154,8 @@ def concept_set_inputs(task: dict[str, Any]) -> dict[str, Any]:
     return {
         "concepts": "\n".join(lines),
         "kind": task["kind"],
-        "preserve": "\n".join(task["preserve"]),
-        "general_prior": task.get("general_prior", "small"),
+        "preserve": "\n".join(task["preserve"] + task["prior"]),
+        "general_prior": task["general_prior"],
         "templates": task["templates"],
     }
 
