@@ -395,7 +395,9 @@ def test_scoring_methods_and_a_workflow(trained: Path, tmp_path: Path, capsys) -
     common = ["--protocol", str(file), "--assets", str(trained / "assets"), "--out", str(tmp_path)]
     assert score.main([*common, "--method", *score.METHODS]) == 0
     bundles = sorted(path.name for path in (tmp_path / "quality" / "bundles").glob("*/*"))
-    assert bundles == ["tiny_cached_00001_.safetensors", "tiny_full_00001_.safetensors"]
+    assert bundles == [
+        f"tiny_{method}_00001_.safetensors" for method in ("cached", "full", "naive_lora_sum")
+    ]
 
     workflow = REPOSITORY / "workflows" / "api" / "erase_words.json"
     graph = json.loads(workflow.read_text(encoding="utf-8"))

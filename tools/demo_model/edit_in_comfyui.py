@@ -44,7 +44,7 @@ def graph_of(task: str, gradient: str) -> Graph:
     graph = (
         build.checkpoint(CHECKPOINT)
         | build.concepts(**concept_set_inputs(protocol["tasks"][task]))
-        | build.refine(method="mace", **protocol["refinement"])
+        | build.refine(method="uce", **protocol["refinement"])
         | build.erase(gradient=gradient, **protocol["training"][gradient])
         | build.fuse(**protocol["fusion"])
     )

@@ -8,14 +8,14 @@ python tools/demo_model/score.py gates
 python tools/demo_model/score.py table         build/quality.json as Markdown
 
 `none`, the closed forms `mace` and `uce`, and the trained methods run here: `full` and `cached`
-(mace, LoRA Erase with that gradient, LoRA Fuse) and `naive_lora_sum` (mace and the plain sum of the
-LoRAs of `full`). Trained concepts are kept in build/quality/bundles and trained again only when an
-option or the model changed. Any other method name labels what --checkpoint, --lora, --patch or
---workflow bring. Lists: erased and synonyms count pictures in which the evaluator does NOT name the
-erased concept; preserved (listed for the method), neighbours (similar, listed nowhere) and
-unrelated count pictures in which it names what the prompt says. Pictures come from the headless
-host. Results are merged into build/quality.json; one contact sheet per task and method lies in
-build/quality/.
+(uce, LoRA Erase with that gradient, LoRA Fuse) and `naive_lora_sum` (mace, and the plain sum of the
+LoRAs that `full` trains on top of it). Trained concepts are kept in build/quality/bundles and
+trained again only when an option or the model changed. Any other method name labels what
+--checkpoint, --lora, --patch or --workflow bring. Lists: erased and synonyms count pictures in
+which the evaluator does NOT name the erased concept; preserved (listed for the method), neighbours
+(similar, listed nowhere) and unrelated count pictures in which it names what the prompt says.
+Pictures come from the headless host. Results are merged into build/quality.json; one contact sheet
+per task and method lies in build/quality/.
 """
 
 from __future__ import annotations
@@ -176,9 +176,9 @@ class Editor:
         concepts = self._run("LacunaConceptSet", concept_set_inputs(task))[0]
         if method in CLOSED_FORMS:
             return self._refine(concepts, method)[0]
-        refined, refinement = self._refine(concepts, "mace")[:2]
-        gradient = "full" if method == NAIVE_SUM else method
-        loras, file = self._train(name, concepts, refinement, gradient)
+        # uce: what attention is left at the phrase reads the anchor there, not the concept
+        refined, refinement = self._refine(concepts, "mace" if method == NAIVE_SUM else "uce")[:2]
+        loras, file = self._train(name, concepts, refinement, method)
         if method == NAIVE_SUM:
             return sum_loras(refined, file)
         inputs = {"model": self._model, "clip": self._clip, "loras": loras}
@@ -197,9 +197,10 @@ class Editor:
         inputs = {"model": self._model, "clip": self._clip, "concepts": concepts, "method": method}
         return self._run("LacunaAttentionRefine", inputs | self._protocol["refinement"])
 
-    def _train(self, name: str, concepts: Any, refinement: Any, gradient: str) -> tuple[Any, Path]:
+    def _train(self, name: str, concepts: Any, refinement: Any, method: str) -> tuple[Any, Path]:
         """LORAS of the task, and the bundle file that holds them."""
-        prefix = f"{self._model.fingerprint[:12]}/{name}_{gradient}"
+        gradient = "full" if method == NAIVE_SUM else method
+        prefix = f"{self._model.fingerprint[:12]}/{name}_{method}"
         inputs = {
             "model": self._model, "clip": self._clip, "concepts": concepts,
             "refinement": refinement, "gradient": gradient, **self._protocol["training"][gradient],
