@@ -182,9 +182,10 @@ const NodeSchema& LoraEraseNode::schema() const {
               {.id = "refinement",
                .display_name = "refinement",
                .type = socket::kRefinement,
-               .tooltip = "From Attention Refine: each LoRA is trained on top of that edit, made for "
-                          "its concept alone. Method uce erases more: what attention is left reads "
-                          "the anchor. mace is the paper's.",
+               .tooltip =
+                   "From Attention Refine: each LoRA is trained on top of that edit, made for "
+                   "its concept alone. Method uce erases more: what attention is left reads "
+                   "the anchor. mace is the paper's.",
                .optional = true},
               {.id = "loras",
                .display_name = "loras",
