@@ -37,7 +37,12 @@ std::string prompt_path(const std::string& folder, const std::string& file) {
   return path_within(folder, file, "input");
 }
 
-EvaluationOptions read_options(const NodeInputs& inputs, const std::string& input_folder) {
+std::vector<FilePrompt> read_prompts(const NodeInputs& inputs, const std::string& folder) {
+  const std::string& file = inputs.string("prompt_file");
+  return file.empty() ? std::vector<FilePrompt>() : load_prompts(prompt_path(folder, file));
+}
+
+EvaluationOptions read_options(const NodeInputs& inputs) {
   EvaluationOptions options;
   options.level = evaluation_level_from_string(inputs.string("level"));
   options.prompts = inputs.integer("prompts");
@@ -50,12 +55,6 @@ EvaluationOptions read_options(const NodeInputs& inputs, const std::string& inpu
   options.height = inputs.integer("height");
   options.neighbours = read_neighbours(inputs.string("neighbours"));
   options.batch = inputs.integer("batch");
-  options.detector_threshold = inputs.number("detector_threshold");
-  options.file_prompts = inputs.integer("file_prompts");
-  if (const std::string& file = inputs.string("prompt_file"); !file.empty()) {
-    options.file = load_prompts(prompt_path(input_folder, file));
-    options.file_name = file;
-  }
   if (options.width % 8 != 0 || options.height % 8 != 0) {
     throw Error("width and height must be multiples of 8, not " + std::to_string(options.width) +
                 " x " + std::to_string(options.height));
@@ -257,10 +256,10 @@ const NodeSchema& EvaluateErasureNode::schema() const {
 
 void EvaluateErasureNode::validate(const NodeInputs& constants) const {
   if (constants.has_all({"level", "prompts", "images", "steps", "cfg", "sampler", "evaluation_seed",
-                         "width", "height", "neighbours", "batch", "detector_threshold",
-                         "prompt_file", "file_prompts"})) {
-    read_options(constants, input_folder_);
+                         "width", "height", "neighbours", "batch"})) {
+    read_options(constants);
   }
+  if (constants.has("prompt_file")) read_prompts(constants, input_folder_);
 }
 
 std::string EvaluateErasureNode::outside_state(const NodeInputs& constants) const {
@@ -274,7 +273,11 @@ std::string EvaluateErasureNode::outside_state(const NodeInputs& constants) cons
 }
 
 NodeResult EvaluateErasureNode::run(const NodeInputs& inputs, Progress& progress) {
-  const EvaluationOptions options = read_options(inputs, input_folder_);
+  EvaluationOptions options = read_options(inputs);
+  options.detector_threshold = inputs.number("detector_threshold");
+  options.file = read_prompts(inputs, input_folder_);
+  options.file_name = inputs.string("prompt_file");
+  options.file_prompts = inputs.integer("file_prompts");
   // Kept here for the length of the run; none: judged by the base model.
   const std::shared_ptr<Detector> detector =
       inputs.has("detector") ? inputs.get<std::shared_ptr<Detector>>("detector") : nullptr;

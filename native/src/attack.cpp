@@ -4,13 +4,17 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
+#include <random>
 
 #include "lacuna/general_prior.h"
 #include "lacuna/prompt_templates.h"
+#include "lacuna/random_stream.h"
 #include "lacuna/residual_scan.h"
 #include "lacuna/spd_solver.h"
+#include "lacuna/text.h"
 
 namespace lacuna {
 namespace {
@@ -20,6 +24,11 @@ constexpr double kRidge = 1e-2;
 constexpr double kNoiseFloor = 1e-10;
 constexpr double kEmphasis = 1.5;
 constexpr size_t kMostParaphrases = 16;
+constexpr size_t kSearchedWords = 8;
+constexpr size_t kPopulation = 24;
+constexpr size_t kParents = 6;
+constexpr int kGenerations = 24;
+constexpr size_t kPromptsPerCall = 4;
 
 // Of the longest word: its begin and length.
 std::pair<size_t, size_t> longest_word(const std::string& phrase) {
@@ -45,6 +54,24 @@ size_t middle(const std::string& phrase) {
   return 0;
 }
 
+// What the encoder makes of whole prompts: the rows at their end of text, [n, d].
+at::Tensor meanings(TextEncoder& encoder, const std::vector<std::string>& prompts,
+                    Progress& progress) {
+  std::vector<at::Tensor> rows;
+  for (size_t first = 0; first < prompts.size(); first += kPromptsPerCall) {
+    progress.check();
+    const size_t last = std::min(prompts.size(), first + kPromptsPerCall);
+    const std::vector<std::string> part(prompts.begin() + static_cast<std::ptrdiff_t>(first),
+                                        prompts.begin() + static_cast<std::ptrdiff_t>(last));
+    const at::Tensor context = encoder.encode(part).detach().to(at::kCPU, at::kDouble);
+    for (size_t i = 0; i < part.size(); ++i) {
+      const auto end = static_cast<int64_t>(encoder.tokenize(part[i]).size()) - 1;
+      rows.push_back(context[static_cast<int64_t>(i)][std::min(end, context.size(1) - 1)]);
+    }
+  }
+  return at::stack(rows);
+}
+
 std::string with(std::string phrase, size_t at, const char* inserted) {
   return phrase.insert(at, inserted);
 }
@@ -63,6 +90,8 @@ int64_t count_of(Attack attack, const EvaluationOptions& options) {
       return thorough ? (options.prompts + 1) / 2 : 0;
     case Attack::kSimilarWord:
       return thorough ? std::min<int64_t>(4 * options.prompts, 20) : 1;
+    case Attack::kSearched:
+      return thorough ? options.prompts : 0;
   }
   return 0;
 }
@@ -80,9 +109,11 @@ std::string_view to_string(Attack attack) {
     case Attack::kEmphasis:
       return "emphasis";
     case Attack::kSimilarWord:
+      return "similar word";
+    case Attack::kSearched:
       break;
   }
-  return "similar word";
+  return "searched words";
 }
 
 std::vector<std::string> paraphrases(const std::string& phrase) {
@@ -116,9 +147,79 @@ std::vector<std::string> paraphrases(const std::string& phrase) {
   return forms;
 }
 
-std::vector<EvaluationPrompt> attack_prompts(const ConceptSet& set,
-                                             const EvaluationOptions& options,
-                                             const ResidualScan& scan) {
+std::vector<std::string> searched_prompts(TextEncoder& encoder, const Concept& item, int64_t count,
+                                          int64_t seed, Progress& progress) {
+  std::vector<std::string> wanted_prompts;
+  for (const std::string_view form : prompt_templates(item.kind).first(4)) {
+    wanted_prompts.push_back(fill_template(form, item.target));
+  }
+  const at::Tensor wanted = meanings(encoder, wanted_prompts, progress).mean(0);
+  std::vector<std::string> words;
+  for (const std::string& word : common_words()) {
+    bool own = false;
+    for (const std::string& phrase : phrases(item)) {
+      own = own || fold_case(phrase).find(word) != std::string::npos ||
+            word.find(fold_case(phrase)) != std::string::npos;
+    }
+    if (!own) words.push_back(word);
+  }
+  std::mt19937_64 random(stable_hash(std::to_string(seed) + "\nsearch\n" + item.target));
+  const auto draw = [&](size_t below) { return static_cast<size_t>(random() % below); };
+
+  struct Candidate {
+    std::vector<std::string> words;
+    double distance = 0.0;
+  };
+  const auto text_of = [](const Candidate& candidate) {
+    std::string text;
+    for (const std::string& word : candidate.words) text += (text.empty() ? "" : " ") + word;
+    return text;
+  };
+  const auto judge = [&](std::vector<Candidate>& candidates, size_t first) {
+    std::vector<std::string> texts;
+    for (size_t i = first; i < candidates.size(); ++i) texts.push_back(text_of(candidates[i]));
+    const at::Tensor distance = (meanings(encoder, texts, progress) - wanted).square().sum(1);
+    for (size_t i = first; i < candidates.size(); ++i) {
+      candidates[i].distance = distance[static_cast<int64_t>(i - first)].item<double>();
+    }
+    std::stable_sort(candidates.begin(), candidates.end(),
+                     [](const auto& a, const auto& b) { return a.distance < b.distance; });
+  };
+
+  std::vector<Candidate> population(kPopulation);
+  for (Candidate& candidate : population) {
+    for (size_t k = 0; k < kSearchedWords; ++k)
+      candidate.words.push_back(words[draw(words.size())]);
+  }
+  judge(population, 0);
+  for (int generation = 1; generation < kGenerations; ++generation) {
+    progress.status("Searching words for '" + item.target +
+                    "': " + std::to_string(100 * generation / kGenerations) + " %");
+    population.resize(kParents);  // the best live on
+    while (population.size() < kPopulation) {
+      Candidate child = population[draw(kParents)];
+      const Candidate& other = population[draw(kParents)];
+      const size_t cut = draw(kSearchedWords);
+      std::copy(other.words.begin() + static_cast<std::ptrdiff_t>(cut), other.words.end(),
+                child.words.begin() + static_cast<std::ptrdiff_t>(cut));
+      child.words[draw(kSearchedWords)] = words[draw(words.size())];
+      population.push_back(std::move(child));
+    }
+    judge(population, kParents);
+  }
+  std::vector<std::string> found;
+  for (const Candidate& candidate : population) {
+    std::string text = text_of(candidate);
+    if (static_cast<int64_t>(found.size()) == count) break;
+    if (std::find(found.begin(), found.end(), text) == found.end())
+      found.push_back(std::move(text));
+  }
+  return found;
+}
+
+std::vector<EvaluationPrompt> attack_prompts(
+    const ConceptSet& set, const EvaluationOptions& options, const ResidualScan& scan,
+    const std::vector<std::vector<std::string>>& searched) {
   std::vector<EvaluationPrompt> prompts;
   std::vector<std::string> erased;
   for (const Concept& item : set.concepts) {
@@ -176,6 +277,11 @@ std::vector<EvaluationPrompt> attack_prompts(const ConceptSet& set,
             }
             break;
           }
+          case Attack::kSearched:
+            if (i < searched.size() && at < searched[i].size()) {
+              add(attack, k, searched[i][at], searched[i][at], "");
+            }
+            break;
           case Attack::kSimilarWord: {
             // The picture must look more like the concept than like the word's own meaning.
             const std::vector<std::string>& words = scan.concepts[i].closest;

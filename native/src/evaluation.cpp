@@ -505,7 +505,12 @@ std::vector<EvaluationPrompt> file_prompts(const ConceptSet& set,
 int64_t pairs_at(EvaluationLevel level, const ConceptSet& set, EvaluationOptions options,
                  const ResidualScan& scan) {
   options.level = level;
-  return static_cast<int64_t>(evaluation_prompts(set, options, scan).size()) * options.images;
+  auto prompts = static_cast<int64_t>(evaluation_prompts(set, options, scan).size());
+  // What a search will find.
+  if (level == EvaluationLevel::kThorough) {
+    prompts += options.prompts * static_cast<int64_t>(set.concepts.size());
+  }
+  return prompts * options.images;
 }
 
 }  // namespace
@@ -603,9 +608,9 @@ void check(const EvaluationInputs& inputs, const ConceptSet& set,
   }
 }
 
-std::vector<EvaluationPrompt> evaluation_prompts(const ConceptSet& set,
-                                                 const EvaluationOptions& options,
-                                                 const ResidualScan& scan) {
+std::vector<EvaluationPrompt> evaluation_prompts(
+    const ConceptSet& set, const EvaluationOptions& options, const ResidualScan& scan,
+    const std::vector<std::vector<std::string>>& searched) {
   std::vector<EvaluationPrompt> prompts;
   const auto add = [&](PromptList list, int64_t index, ConceptKind kind, int64_t number,
                        const std::string& phrase, const std::string& name,
@@ -634,7 +639,7 @@ std::vector<EvaluationPrompt> evaluation_prompts(const ConceptSet& set,
     for (const std::string& phrase : phrases(item)) all_phrases.push_back(phrase);
   }
 
-  for (EvaluationPrompt& prompt : attack_prompts(set, options, scan)) {
+  for (EvaluationPrompt& prompt : attack_prompts(set, options, scan, searched)) {
     prompts.push_back(std::move(prompt));
   }
   for (EvaluationPrompt& prompt : file_prompts(set, options)) prompts.push_back(std::move(prompt));
@@ -707,7 +712,17 @@ Evaluation evaluate(const EvaluationInputs& inputs, const ConceptSet& set,
   evaluation.thorough_pairs = pairs_at(EvaluationLevel::kThorough, set, options, evaluation.scan);
   if (options.level == EvaluationLevel::kPreflight) return evaluation;
 
-  evaluation.prompts = evaluation_prompts(set, options, evaluation.scan);
+  std::vector<std::vector<std::string>> searched;
+  if (options.level == EvaluationLevel::kThorough) {
+    progress.status(std::to_string(evaluation.thorough_pairs) + " pairs of pictures, " +
+                    std::to_string(2 * evaluation.thorough_pairs * options.steps) +
+                    " steps of drawing, after a search for words");
+    for (const Concept& item : set.concepts) {
+      searched.push_back(
+          searched_prompts(inputs.encoder, item, options.prompts, options.seed, progress));
+    }
+  }
+  evaluation.prompts = evaluation_prompts(set, options, evaluation.scan, searched);
   for (size_t i = 0; i < evaluation.prompts.size(); ++i) {
     for (int64_t k = 0; k < options.images; ++k) {
       PicturePair pair;

@@ -3,9 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
+#include <random>
 
+#include "lacuna/prompt_templates.h"
 #include "lacuna/residual_scan.h"
+#include "support/fake_host.h"
 #include "support/random_data.h"
 
 namespace lacuna {
@@ -123,6 +127,47 @@ TEST(AttackPrompts, AreWorthTheLevel) {
   EXPECT_EQ((thorough[{0, Attack::kSimilarWord}]), 16);
   scan.weights_differ = false;  // an edit of the text: there is no closed form to attack
   EXPECT_EQ(count(EvaluationLevel::kThorough).count({0, Attack::kAdversarial}), 0u);
+}
+
+TEST(SearchedPrompts, ComeNearerThanChanceWithoutTheConceptsWords) {
+  testing::FakeTextEncoder encoder;
+  Concept item;
+  item.target = "dog";
+  item.synonyms = {"wolf"};
+  testing::CountingProgress progress;
+  const std::vector<std::string> found = searched_prompts(encoder, item, 5, 3, progress);
+  ASSERT_EQ(found.size(), 5u);
+  EXPECT_EQ(encoder.encoded_prompts, 4 + 24 + 23 * 18);
+  EXPECT_GT(progress.checks, 23);
+  const auto meaning = [&](const std::string& prompt) {
+    const at::Tensor context = encoder.encode({prompt});
+    return context[0][static_cast<int64_t>(encoder.tokenize(prompt).size()) - 1].to(at::kDouble);
+  };
+  at::Tensor wanted = at::zeros({16}, at::kDouble);
+  for (const std::string_view form : prompt_templates(item.kind).first(4)) {
+    wanted += meaning(fill_template(form, item.target)) / 4;
+  }
+  const auto distance = [&](const std::string& prompt) {
+    return (meaning(prompt) - wanted).norm().item<double>();
+  };
+  const std::vector<std::string> words = common_words();
+  std::mt19937 random(1);
+  double chance = 1e9;  // the best of as many prompts as a generation has
+  for (int i = 0; i < 24; ++i) {
+    std::string prompt;
+    for (int k = 0; k < 8; ++k) prompt += (k > 0 ? " " : "") + words[random() % words.size()];
+    chance = std::min(chance, distance(prompt));
+  }
+  EXPECT_LT(distance(found[0]), chance);
+  for (size_t i = 1; i < found.size(); ++i) {
+    EXPECT_GE(distance(found[i]), distance(found[i - 1]) - 1e-9);
+    EXPECT_EQ(found[i].find("dog"), std::string::npos);
+    EXPECT_EQ(found[i].find("wolf"), std::string::npos);
+  }
+  EXPECT_EQ(searched_prompts(encoder, item, 5, 3, progress), found);
+  EXPECT_NE(searched_prompts(encoder, item, 5, 4, progress), found);
+  progress.cancel_at = progress.checks + 20;
+  EXPECT_THROW(searched_prompts(encoder, item, 5, 3, progress), testing::Cancelled);
 }
 
 }  // namespace

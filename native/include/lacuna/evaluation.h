@@ -153,10 +153,10 @@ struct EvaluationInputs {
 // another model, a prompt file that is about something else. Nothing is drawn.
 void check(const EvaluationInputs& inputs, const ConceptSet& set, const EvaluationOptions& options);
 
-// neighbours: nearest words by concept, for want of given ones.
-std::vector<EvaluationPrompt> evaluation_prompts(const ConceptSet& set,
-                                                 const EvaluationOptions& options,
-                                                 const ResidualScan& scan);
+// scan: nearest words by concept, for want of given ones; searched: as of attack_prompts().
+std::vector<EvaluationPrompt> evaluation_prompts(
+    const ConceptSet& set, const EvaluationOptions& options, const ResidualScan& scan,
+    const std::vector<std::vector<std::string>>& searched = {});
 
 // Scans the weights, draws "before" first and "after" second, and measures. A picture depends on
 // its prompt, its number and the seed alone.

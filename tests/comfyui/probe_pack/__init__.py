@@ -144,17 +144,19 @@ class Detector:
         return (Brightness(fails_on),)
 
 
+VISION_CONFIG = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
+    "num_hidden_layers": 2, "image_size": 32, "patch_size": 16, "num_channels": 3,
+    "projection_dim": 24, "hidden_act": "quick_gelu", "model_type": "clip_vision_model",
+}  # fmt: skip
+
+
 class ClipVision:
     """A CLIP_VISION as a loader gives it, with random weights."""
 
     CATEGORY = "tests"
     FUNCTION = "make"
     RETURN_TYPES = ("CLIP_VISION",)
-    _CONFIG = {
-        "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
-        "num_hidden_layers": 2, "image_size": 32, "patch_size": 16, "num_channels": 3,
-        "projection_dim": 24, "hidden_act": "quick_gelu", "model_type": "clip_vision_model",
-    }  # fmt: skip
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -164,7 +166,7 @@ class ClipVision:
         with tempfile.TemporaryDirectory() as folder:
             config = os.path.join(folder, "config.json")
             with open(config, "w", encoding="utf-8") as file:
-                json.dump(self._CONFIG, file)
+                json.dump(VISION_CONFIG, file)
             vision = comfy.clip_vision.ClipVisionModel(config)
         generator = torch.Generator().manual_seed(1)
         state = vision.get_sd()
