@@ -195,8 +195,20 @@ def _evaluate(options: argparse.Namespace) -> int:
     concept_text = _read_text(options.concepts)
     prompt_file = Path(options.prompt_file)
     from . import loader
+    from .detector import load_detector
 
     native = loader.load()
+    # What can be wrong is told before anything large is loaded.
+    pack = native.NodePack(str(options.output), str(prompt_file.parent))
+    inputs = {"concepts": concept_text, "kind": options.kind}
+    if options.preserve:
+        inputs["preserve"] = _read_text(options.preserve)
+    concepts = pack.run("LacunaConceptSet", inputs)[0]
+    widgets = {item["id"]: getattr(options, item["id"]) for item in _widgets(_EVALUATE)}
+    widgets["prompt_file"] = prompt_file.name
+    pack.validate(_EVALUATE, widgets)
+    detector = load_detector(options.detector) if options.detector else None
+
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a model hub
     from .diffusers_host import DiffusersHost
 
@@ -210,20 +222,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         edited = base_host.load_lora(base, options.lora.name, options.strength)
     else:
         edited = DiffusersHost(options.edited, device=options.device).load_checkpoint("")[0]
-    pack = native.NodePack(str(options.output), str(prompt_file.parent))
-    inputs = {"concepts": concept_text, "kind": options.kind}
-    if options.preserve:
-        inputs["preserve"] = _read_text(options.preserve)
-    concepts = pack.run("LacunaConceptSet", inputs)[0]
-    widgets = {item["id"]: getattr(options, item["id"]) for item in _widgets(_EVALUATE)}
-    widgets["prompt_file"] = prompt_file.name
     links = {
         "base_model": base, "erased_model": edited, "clip": clip, "vae": vae, "concepts": concepts,
+        "detector": detector,
     }  # fmt: skip
-    if options.detector:
-        from .detector import load_detector
-
-        links["detector"] = load_detector(options.detector)
     progress = ProgressLine(sys.stderr)
     try:
         sheet, report, *_, verdict, harder = pack.run(_EVALUATE, links | widgets, progress)

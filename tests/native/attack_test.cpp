@@ -33,7 +33,7 @@ TEST(AdversarialMap, FindsWhatTheEditedMatrixReadsLikeTheOriginal) {
   const at::Tensor wanted = at::matmul(weight, c);
   const double plain = (at::matmul(edited, c) - wanted).norm().item<double>();
   const double attacked = (at::matmul(edited, at::matmul(map, c)) - wanted).norm().item<double>();
-  EXPECT_LT(attacked, 0.15 * plain);
+  EXPECT_LT(attacked, 0.25 * plain);
 
   // The minimum of the objective it states: no small step in any direction lowers it.
   const double ridge = 1e-2 * at::matmul(weight.t(), weight).diagonal().mean().item<double>();
