@@ -43,6 +43,7 @@ def task() -> dict[str, Any]:
         names = list(task["lists"][part]["names"])[:6]
         task["lists"][part] |= {"names": {name: name for name in names}, "images": 4}
     task["preserve"] = list(task["lists"]["preserved"]["names"])
+    task["general_prior"] = "none"  # a minute of text encoding
     return task
 
 
