@@ -25,9 +25,9 @@ constexpr double kNoiseFloor = 1e-10;
 constexpr double kEmphasis = 1.5;
 constexpr size_t kMostParaphrases = 16;
 constexpr size_t kSearchedWords = 8;
-constexpr size_t kPopulation = 24;
-constexpr size_t kParents = 6;
-constexpr int kGenerations = 24;
+constexpr size_t kPopulation = 16;
+constexpr size_t kParents = 4;
+constexpr int kGenerations = 16;
 constexpr size_t kPromptsPerCall = 4;
 
 // Of the longest word: its begin and length.

@@ -87,8 +87,9 @@ def test_a_prompt_file_in_the_input_folder(server: Server, build: Builder) -> No
 
 
 def test_thorough_attacks_and_says_what_comes_through(server: Server, build: Builder) -> None:
-    graph = build.edit() | build.evaluate(["refine", 0], level="thorough") | _text(["evaluate", 1])
-    run = server.run(graph)
+    graph = build.edit() | build.concepts(concepts="hamburger -> apple")
+    graph |= build.evaluate(["refine", 0], level="thorough") | _text(["evaluate", 1])
+    run = server.run(graph, seconds=900)
     report = json.loads(run.outputs["text"]["text"][0])
     assert {item["attack"] for item in report["attacks"]} == {
         "paraphrase", "adversarial embedding", "composition", "emphasis", "similar word",

@@ -33,8 +33,8 @@ std::string_view to_string(Attack attack);
 std::vector<std::string> paraphrases(const std::string& phrase);
 
 // Prompts of eight common words, none of them one of the concept's, that the text encoder reads
-// most like the concept (Tsai et al. 2024, Ring-A-Bell, on whole words and a small budget: 24
-// generations of 24). Best first, `count` distinct ones. The text encoder alone is asked, so that
+// most like the concept (Tsai et al. 2024, Ring-A-Bell, on whole words and a small budget: 16
+// generations of 16). Best first, `count` distinct ones. The text encoder alone is asked, so that
 // what is found depends on no edit.
 std::vector<std::string> searched_prompts(TextEncoder& encoder, const Concept& item, int64_t count,
                                           int64_t seed, Progress& progress);
