@@ -56,11 +56,11 @@ $(VENV)/.host-packages: $(VENV)/.packages tests/comfyui/requirements.txt tests/c
 
 bench: module
 	$(VENV)/bin/cmake -S . -B build -DLACUNA_BENCHMARKS=ON > build/configure.log
-	$(VENV)/bin/cmake --build build -j $(JOBS) --target lacuna_bench_closed_form lacuna_bench_fusion
+	$(VENV)/bin/cmake --build build -j $(JOBS) --target lacuna_bench_closed_form lacuna_bench_fusion lacuna_bench_evaluation
 	$(PY) benchmarks/run.py --binaries build/benchmarks
 
 CXX_FILES = $(shell git ls-files 'native/*.h' 'native/*.cpp' 'nodes/*.h' 'nodes/*.cpp' 'plugin/*.h' 'plugin/*.cpp' \
-              'tests/*.h' 'tests/*.cpp' 'benchmarks/*.cpp')
+              'tests/*.h' 'tests/*.cpp' 'benchmarks/*.h' 'benchmarks/*.cpp')
 
 lint: $(VENV)/.packages
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)

@@ -9,7 +9,6 @@
 // naive and batched are timed on one concept and one matrix of each shape and multiplied. Prints
 // one JSON object. Usage: lacuna_bench_closed_form [sd1|sdxl] [concepts ...]
 #include <ATen/ATen.h>
-#include <sys/resource.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -20,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "bench_model.h"
 #include "lacuna/attention_projection.h"
 #include "lacuna/error.h"
 #include "lacuna/lora_export.h"
@@ -30,79 +30,11 @@ namespace {
 
 using nlohmann::json;
 using namespace lacuna;
+using namespace lacuna::bench;
 
 constexpr int64_t kPrompts = 30;
 constexpr int64_t kPositions = 75;  // paired positions of a two-token phrase
 constexpr double kLambda = 0.1;
-
-double cpu_seconds() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  const auto seconds = [](const timeval& t) {
-    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
-  };
-  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
-}
-
-double peak_mb() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) / 1024.0;
-}
-
-double timed(const std::function<void()>& work) {
-  const double begin = cpu_seconds();
-  work();
-  return cpu_seconds() - begin;
-}
-
-struct Shape {
-  int64_t width = 0;
-  std::map<int64_t, int64_t> matrices;  // rows -> how many K and V matrices have them
-};
-
-Shape shape_of(const std::string& family) {
-  if (family == "sdxl") return {2048, {{640, 20}, {1280, 120}}};
-  return {768, {{320, 10}, {640, 10}, {1280, 12}}};
-}
-
-class BenchModel : public Denoiser {
- public:
-  explicit BenchModel(const Shape& shape) {
-    for (const auto& [rows, count] : shape.matrices) {
-      for (int64_t i = 0; i < count; ++i) {
-        const std::string name = std::to_string(rows) + "." + std::to_string(i);
-        projections_.push_back({name, name, i % 2 ? ProjectionRole::kValue : ProjectionRole::kKey});
-        weights_[name] = at::randn({rows, shape.width}) * 0.03;
-      }
-    }
-  }
-  std::string family() override { return "benchmark"; }
-  std::string fingerprint() override { return ""; }
-  bool patchable() override { return true; }
-  std::vector<AttentionProjection> cross_attention() override { return projections_; }
-  at::Tensor effective_weight(const std::string& name) override { return weights_.at(name); }
-  std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>&, double) override {
-    return nullptr;
-  }
-  std::shared_ptr<Denoiser> with_context_map(const at::Tensor&, const at::Tensor&,
-                                             double) override {
-    return nullptr;
-  }
-  at::Tensor noise_levels() override { throw unused(); }
-  std::vector<int64_t> latent_shape(int64_t, int64_t) override { throw unused(); }
-  at::Tensor to_host_latent(const at::Tensor&) override { throw unused(); }
-  at::Tensor from_host_latent(const at::Tensor&) override { throw unused(); }
-  at::Tensor denoise(const DenoiseRequest&, AttentionTap*) override { throw unused(); }
-  at::Tensor sample(const SamplingRequest&, const std::function<void(int64_t, int64_t)>&) override {
-    throw unused();
-  }
-
- private:
-  static Error unused() { return Error("not part of this benchmark"); }
-  std::vector<AttentionProjection> projections_;
-  std::map<std::string, at::Tensor> weights_;
-};
 
 // Embeddings of one concept's prompts and their anchors, [prompts, positions, d] float32.
 class Embeddings {

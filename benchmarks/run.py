@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 CASES = [("sd1", 1), ("sd1", 10), ("sd1", 100), ("sdxl", 1), ("sdxl", 10), ("sdxl", 100)]
 FUSION_CASES = [1, 10, 100]
+PREFLIGHT_CASES = [("sd1", 10), ("sd1", 100), ("sdxl", 10)]
 LORA_DEMO_SIZE = 64
 LORA_SD1_SIZES = [256, 384]
 
@@ -49,6 +50,19 @@ def run_fusion(binary: Path) -> dict:
         )
     fusion["add_one_ms"] = fusion[f"n{FUSION_CASES[-1]}"]["add_one_cpu_ms"]
     return fusion
+
+
+def run_preflight(binary: Path, quick: bool) -> dict:
+    preflight: dict = {}
+    for family, concepts in PREFLIGHT_CASES[:1] if quick else PREFLIGHT_CASES:
+        figures = run_binary(binary, family, str(concepts))[f"n{concepts}"]
+        preflight.setdefault(family, {})[f"n{concepts}"] = figures
+        print(
+            f"preflight {family} {concepts:3d} concepts: {figures['cpu_s']:.2f} CPU s without text "
+            f"encoding ({figures['texts']} texts), +{figures['peak_extra_mb']:.0f} MB",
+            flush=True,
+        )
+    return preflight
 
 
 def run_lora(case: str, size: int) -> dict:
@@ -161,6 +175,7 @@ def main() -> None:
         },
         "closed_form": closed_form,
         "fusion": run_fusion(arguments.binaries / "lacuna_bench_fusion"),
+        "preflight": run_preflight(arguments.binaries / "lacuna_bench_evaluation", arguments.quick),
         "lora": run_loras(arguments.quick),
         "host": {"import_ms": import_ms()},
     }

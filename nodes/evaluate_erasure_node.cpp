@@ -2,6 +2,8 @@
 #include "nodes/evaluate_erasure_node.h"
 
 #include <cmath>
+#include <filesystem>
+#include <system_error>
 #include <utility>
 
 #include "lacuna/contact_sheet.h"
@@ -9,9 +11,12 @@
 #include "lacuna/evaluation.h"
 #include "lacuna/evaluation_report.h"
 #include "lacuna/text.h"
+#include "nodes/numbered_path.h"
 
 namespace lacuna {
 namespace {
+
+namespace fs = std::filesystem;
 
 constexpr size_t kMostNeighbours = 200;
 
@@ -26,6 +31,15 @@ std::vector<std::string> read_neighbours(const std::string& text) {
                 std::to_string(kMostNeighbours) + " is the limit");
   }
   return words;
+}
+
+std::string prompt_path(const std::string& folder, const std::string& file) {
+  return path_within(folder, file, "input");
+}
+
+std::vector<FilePrompt> read_prompts(const NodeInputs& inputs, const std::string& folder) {
+  const std::string& file = inputs.string("prompt_file");
+  return file.empty() ? std::vector<FilePrompt>() : load_prompts(prompt_path(folder, file));
 }
 
 EvaluationOptions read_options(const NodeInputs& inputs) {
@@ -49,6 +63,9 @@ EvaluationOptions read_options(const NodeInputs& inputs) {
 }
 
 }  // namespace
+
+EvaluateErasureNode::EvaluateErasureNode(std::string input_folder)
+    : input_folder_(std::move(input_folder)) {}
 
 const NodeSchema& EvaluateErasureNode::schema() const {
   static const EvaluationOptions defaults;
@@ -87,10 +104,12 @@ const NodeSchema& EvaluateErasureNode::schema() const {
               {.id = "level",
                .display_name = "level",
                .type = socket::kCombo,
-               .tooltip = "preflight: reads the weights, draws nothing, takes seconds. quick: "
-                          "also draws pictures before and after, side by side.",
+               .tooltip =
+                   "preflight: reads the weights, draws nothing, takes seconds, and says what "
+                   "the others would cost. quick: also draws pictures before and after, "
+                   "side by side. thorough: also tries to call the concept back.",
                .default_value = std::string(to_string(defaults.level)),
-               .options = {"preflight", "quick"}},
+               .options = {"preflight", "quick", "thorough"}},
               {.id = "prompts",
                .display_name = "prompts",
                .type = socket::kInt,
@@ -173,6 +192,46 @@ const NodeSchema& EvaluateErasureNode::schema() const {
                .min = 1,
                .max = 64,
                .step = 1},
+              {.id = "detector",
+               .display_name = "detector",
+               .type = socket::kDetector,
+               .tooltip = "A classifier of another pack that says what a picture shows. Without "
+                          "one the base model itself is the judge.",
+               .optional = true},
+              {.id = "clip_vision",
+               .display_name = "clip vision",
+               .type = socket::kClipVision,
+               .tooltip = "Also compares what the pictures mean: with each other, and with their "
+                          "texts when the text encoder was trained with it.",
+               .optional = true},
+              {.id = "detector_threshold",
+               .display_name = "detector threshold",
+               .type = socket::kFloat,
+               .tooltip = "From which score on the detector has seen it.",
+               .optional = true,
+               .advanced = true,
+               .default_value = defaults.detector_threshold,
+               .min = 0.0,
+               .max = 1.0,
+               .step = 0.01},
+              {.id = "prompt_file",
+               .display_name = "prompt file",
+               .type = socket::kString,
+               .tooltip = "Prompts that must not show the concept, e.g. published attacks: a file "
+                          "in ComfyUI's input folder, .txt with one prompt a line or .csv with a "
+                          "column 'prompt' (and 'concept', 'name').",
+               .optional = true,
+               .default_value = std::string()},
+              {.id = "file_prompts",
+               .display_name = "file prompts",
+               .type = socket::kInt,
+               .tooltip = "At most so many prompts of the file, evenly spread over it.",
+               .optional = true,
+               .advanced = true,
+               .default_value = defaults.file_prompts,
+               .min = 1,
+               .max = 4096,
+               .step = 1},
           },
       .outputs = {{"sheet", "sheet", socket::kImage, "Pictures before and after, with labels."},
                   {"json", "report", socket::kString,
@@ -186,7 +245,11 @@ const NodeSchema& EvaluateErasureNode::schema() const {
                    "Share of the unrelated pictures that still show their caption."},
                   {"harmonic_mean", "harmonic mean", socket::kFloat,
                    "Of these: no better than the worst of them."},
-                  {"report", "verdict", socket::kString, "What it means, in sentences."}},
+                  {"report", "verdict", socket::kString, "What it means, in sentences."},
+                  {"harder_concepts", "concepts + failing", socket::kString,
+                   "The concepts with the prompts that still show them as synonyms, for Concept "
+                   "Set: erase these, too."}},
+      .reads_files = true,
   };
   return schema;
 }
@@ -196,15 +259,38 @@ void EvaluateErasureNode::validate(const NodeInputs& constants) const {
                          "width", "height", "neighbours", "batch"})) {
     read_options(constants);
   }
+  if (constants.has("prompt_file")) read_prompts(constants, input_folder_);
+}
+
+std::string EvaluateErasureNode::outside_state(const NodeInputs& constants) const {
+  if (!constants.has("prompt_file") || constants.string("prompt_file").empty()) return "";
+  const fs::path path = prompt_path(input_folder_, constants.string("prompt_file"));
+  std::error_code error;
+  const auto size = fs::file_size(path, error);
+  if (error) return "absent";
+  const auto time = fs::last_write_time(path, error);
+  return std::to_string(size) + "@" + std::to_string(time.time_since_epoch().count());
 }
 
 NodeResult EvaluateErasureNode::run(const NodeInputs& inputs, Progress& progress) {
-  const EvaluationOptions options = read_options(inputs);
+  EvaluationOptions options = read_options(inputs);
+  options.detector_threshold = inputs.number("detector_threshold");
+  options.file = read_prompts(inputs, input_folder_);
+  options.file_name = inputs.string("prompt_file");
+  options.file_prompts = inputs.integer("file_prompts");
+  // Kept here for the length of the run; none: judged by the base model.
+  const std::shared_ptr<Detector> detector =
+      inputs.has("detector") ? inputs.get<std::shared_ptr<Detector>>("detector") : nullptr;
+  const std::shared_ptr<ImageEncoder> vision =
+      inputs.has("clip_vision") ? inputs.get<std::shared_ptr<ImageEncoder>>("clip_vision")
+                                : nullptr;
   const EvaluationInputs evaluated{
       .base = *inputs.get<std::shared_ptr<Denoiser>>("base_model"),
       .edited = *inputs.get<std::shared_ptr<Denoiser>>("erased_model"),
       .encoder = *inputs.get<std::shared_ptr<TextEncoder>>("clip"),
       .decoder = *inputs.get<std::shared_ptr<ImageDecoder>>("vae"),
+      .detector = detector.get(),
+      .image_encoder = vision.get(),
   };
   const ConceptSet& set = *inputs.get<std::shared_ptr<const ConceptSet>>("concepts");
   Evaluation evaluation;
@@ -230,7 +316,8 @@ NodeResult EvaluateErasureNode::run(const NodeInputs& inputs, Progress& progress
                     std::isnan(scores.neighbours) ? scores.preserved : scores.neighbours,
                     scores.unrelated,
                     scores.harmonic_mean,
-                    verdict};
+                    verdict,
+                    to_json(with_failing_prompts(evaluation, summary))};
   return result;
 }
 

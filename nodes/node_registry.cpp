@@ -14,13 +14,14 @@
 
 namespace lacuna {
 
-NodeRegistry NodeRegistry::with_lacuna_nodes(const std::string& output_folder) {
+NodeRegistry NodeRegistry::with_lacuna_nodes(const std::string& output_folder,
+                                             const std::string& input_folder) {
   NodeRegistry registry;
   registry.add(std::make_unique<ConceptSetNode>());
   registry.add(std::make_unique<AttentionRefineNode>());
   registry.add(std::make_unique<LoraEraseNode>());
   registry.add(std::make_unique<LoraFuseNode>());
-  registry.add(std::make_unique<EvaluateErasureNode>());
+  registry.add(std::make_unique<EvaluateErasureNode>(input_folder));
   registry.add(std::make_unique<SaveLoraNode>(output_folder));
   registry.add(std::make_unique<SaveBundleNode>(output_folder));
   registry.add(std::make_unique<LoadBundleNode>(output_folder));

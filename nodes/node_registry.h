@@ -13,8 +13,10 @@ namespace lacuna {
 // Owns one instance of every node type it knows.
 class NodeRegistry {
  public:
-  // The node types of this pack; those that save write below output_folder.
-  static NodeRegistry with_lacuna_nodes(const std::string& output_folder);
+  // The node types of this pack; those that save write below output_folder, prompt files are read
+  // from input_folder.
+  static NodeRegistry with_lacuna_nodes(const std::string& output_folder,
+                                        const std::string& input_folder = "input");
 
   void add(std::unique_ptr<Node> node);
   std::vector<NodeSchema> schemas() const;  // in order of registration

@@ -10,11 +10,12 @@ namespace lacuna {
 
 namespace fs = std::filesystem;
 
-std::string path_within(const std::string& folder, const std::string& name) {
+std::string path_within(const std::string& folder, const std::string& name,
+                        const std::string& what) {
   const fs::path relative = fs::path(name).lexically_normal();
   if (name.empty() || relative.is_absolute() || relative.has_root_name() ||
       relative.begin()->string() == "..") {
-    throw Error("'" + name + "' leaves the output folder; use a plain file name");
+    throw Error("'" + name + "' leaves the " + what + " folder; use a plain file name");
   }
   return (fs::path(folder) / relative).string();
 }

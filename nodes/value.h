@@ -12,7 +12,9 @@
 
 #include "lacuna/concept_lora.h"
 #include "lacuna/concept_set.h"
+#include "lacuna/detector.h"
 #include "lacuna/host.h"
+#include "lacuna/image_encoder.h"
 #include "lacuna/refinement.h"
 
 namespace lacuna {
@@ -26,7 +28,8 @@ struct LossMap {
 // Anything that travels along a link of the graph. Objects are shared and never modified.
 using Value = std::variant<std::monostate, bool, int64_t, double, std::string, at::Tensor,
                            std::shared_ptr<Denoiser>, std::shared_ptr<TextEncoder>,
-                           std::shared_ptr<ImageDecoder>, std::shared_ptr<const ConceptSet>,
+                           std::shared_ptr<ImageDecoder>, std::shared_ptr<Detector>,
+                           std::shared_ptr<ImageEncoder>, std::shared_ptr<const ConceptSet>,
                            std::shared_ptr<const Refinement>, std::shared_ptr<const LoraTensors>,
                            std::shared_ptr<const LoraBundle>, std::shared_ptr<const LossMap>>;
 

@@ -24,8 +24,8 @@ namespace {
 // The node types and their caches, one object per host process.
 class NodePack {
  public:
-  explicit NodePack(const std::string& output_folder)
-      : registry_(NodeRegistry::with_lacuna_nodes(output_folder)) {}
+  NodePack(const std::string& output_folder, const std::string& input_folder)
+      : registry_(NodeRegistry::with_lacuna_nodes(output_folder, input_folder)) {}
 
   std::string schemas() const { return to_json(registry_.schemas()); }
 
@@ -157,7 +157,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   register_attention_tap(module);
   register_evaluation(module);
   py::class_<NodePack>(module, "NodePack", py::module_local(), "The node types and their caches.")
-      .def(py::init<const std::string&>(), py::arg("output_folder") = "output")
+      .def(py::init<const std::string&, const std::string&>(), py::arg("output_folder") = "output",
+           py::arg("input_folder") = "input")
       .def("schemas", &NodePack::schemas, "JSON list of node schemas.")
       .def("validate", &NodePack::validate, py::arg("node_id"), py::arg("constants"),
            "Checks widget values; raises LacunaError.")

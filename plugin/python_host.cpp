@@ -196,6 +196,35 @@ class PythonImageDecoder final : public ImageDecoder {
   Handle handle_;
 };
 
+class PythonDetector final : public Detector {
+ public:
+  explicit PythonDetector(py::object object) : handle_(std::move(object)) {}
+  std::string name() override { return handle_.attribute<std::string>("name"); }
+  std::string version() override { return handle_.attribute<std::string>("version"); }
+  at::Tensor score(const at::Tensor& images, const std::vector<std::string>& names) override {
+    py::gil_scoped_acquire gil;
+    const auto answer = handle_.call<py::object>("score", images, names);
+    if (py::isinstance<py::str>(answer)) throw Error(answer.cast<std::string>());
+    return answer.cast<at::Tensor>();
+  }
+  const py::object& object() const { return handle_.get(); }
+
+ private:
+  Handle handle_;
+};
+
+class PythonImageEncoder final : public ImageEncoder {
+ public:
+  explicit PythonImageEncoder(py::object object) : handle_(std::move(object)) {}
+  at::Tensor embed(const at::Tensor& images) override {
+    return handle_.call<at::Tensor>("embed", images);
+  }
+  const py::object& object() const { return handle_.get(); }
+
+ private:
+  Handle handle_;
+};
+
 class PythonApplication final : public Application {
  public:
   explicit PythonApplication(py::object object) : handle_(std::move(object)) {}
@@ -248,6 +277,12 @@ std::shared_ptr<TextEncoder> wrap_text_encoder(py::object object) {
 std::shared_ptr<ImageDecoder> wrap_image_decoder(py::object object) {
   return std::make_shared<PythonImageDecoder>(std::move(object));
 }
+std::shared_ptr<Detector> wrap_detector(py::object object) {
+  return std::make_shared<PythonDetector>(std::move(object));
+}
+std::shared_ptr<ImageEncoder> wrap_image_encoder(py::object object) {
+  return std::make_shared<PythonImageEncoder>(std::move(object));
+}
 std::shared_ptr<Application> wrap_application(py::object object) {
   return std::make_shared<PythonApplication>(std::move(object));
 }
@@ -271,6 +306,12 @@ py::object unwrap(const std::shared_ptr<TextEncoder>& encoder) {
 }
 py::object unwrap(const std::shared_ptr<ImageDecoder>& decoder) {
   return unwrap_as<PythonImageDecoder>(decoder);
+}
+py::object unwrap(const std::shared_ptr<Detector>& detector) {
+  return unwrap_as<PythonDetector>(detector);
+}
+py::object unwrap(const std::shared_ptr<ImageEncoder>& encoder) {
+  return unwrap_as<PythonImageEncoder>(encoder);
 }
 
 }  // namespace lacuna

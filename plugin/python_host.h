@@ -5,7 +5,9 @@
 
 #include <memory>
 
+#include "lacuna/detector.h"
 #include "lacuna/host.h"
+#include "lacuna/image_encoder.h"
 
 namespace lacuna {
 
@@ -16,6 +18,9 @@ namespace lacuna {
 std::shared_ptr<Denoiser> wrap_denoiser(pybind11::object object);
 std::shared_ptr<TextEncoder> wrap_text_encoder(pybind11::object object);
 std::shared_ptr<ImageDecoder> wrap_image_decoder(pybind11::object object);
+// Its score() answers with a tensor, or with a sentence when it failed on the pictures at hand.
+std::shared_ptr<Detector> wrap_detector(pybind11::object object);
+std::shared_ptr<ImageEncoder> wrap_image_encoder(pybind11::object object);
 std::shared_ptr<Application> wrap_application(pybind11::object object);
 // None: a silent one.
 std::shared_ptr<Progress> wrap_progress(pybind11::object object);
@@ -27,5 +32,7 @@ void register_attention_tap(pybind11::module_& module);
 pybind11::object unwrap(const std::shared_ptr<Denoiser>& denoiser);
 pybind11::object unwrap(const std::shared_ptr<TextEncoder>& encoder);
 pybind11::object unwrap(const std::shared_ptr<ImageDecoder>& decoder);
+pybind11::object unwrap(const std::shared_ptr<Detector>& detector);
+pybind11::object unwrap(const std::shared_ptr<ImageEncoder>& encoder);
 
 }  // namespace lacuna

@@ -16,6 +16,8 @@ Value to_value(const InputSpec& input, py::handle object) {
   if (input.type == socket::kModel) return wrap_denoiser(owned());
   if (input.type == socket::kClip) return wrap_text_encoder(owned());
   if (input.type == socket::kVae) return wrap_image_decoder(owned());
+  if (input.type == socket::kClipVision) return wrap_image_encoder(owned());
+  if (input.type == socket::kDetector) return wrap_detector(owned());
   try {
     if (input.type == socket::kConcepts) return object.cast<ConceptSetRef>().value;
     if (input.type == socket::kRefinement) return object.cast<RefinementRef>().value;
@@ -52,7 +54,9 @@ py::object to_python(const Value& value) {
           return py::cast(*item);
         } else if constexpr (std::is_same_v<T, std::shared_ptr<Denoiser>> ||
                              std::is_same_v<T, std::shared_ptr<TextEncoder>> ||
-                             std::is_same_v<T, std::shared_ptr<ImageDecoder>>) {
+                             std::is_same_v<T, std::shared_ptr<ImageDecoder>> ||
+                             std::is_same_v<T, std::shared_ptr<Detector>> ||
+                             std::is_same_v<T, std::shared_ptr<ImageEncoder>>) {
           return unwrap(item);
         } else {
           return py::cast(item);

@@ -193,9 +193,22 @@ def _print_results(results: dict[str, dict[str, list[str]]], stream: TextIO) -> 
 def _evaluate(options: argparse.Namespace) -> int:
     """Base and edited model side by side: report.html, report.json and the sheet as pictures."""
     concept_text = _read_text(options.concepts)
+    prompt_file = Path(options.prompt_file)
     from . import loader
+    from .detector import load_detector
 
     native = loader.load()
+    # What can be wrong is told before anything large is loaded.
+    pack = native.NodePack(str(options.output), str(prompt_file.parent))
+    inputs = {"concepts": concept_text, "kind": options.kind}
+    if options.preserve:
+        inputs["preserve"] = _read_text(options.preserve)
+    concepts = pack.run("LacunaConceptSet", inputs)[0]
+    widgets = {item["id"]: getattr(options, item["id"]) for item in _widgets(_EVALUATE)}
+    widgets["prompt_file"] = prompt_file.name
+    pack.validate(_EVALUATE, widgets)
+    detector = load_detector(options.detector) if options.detector else None
+
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a model hub
     from .diffusers_host import DiffusersHost
 
@@ -209,18 +222,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         edited = base_host.load_lora(base, options.lora.name, options.strength)
     else:
         edited = DiffusersHost(options.edited, device=options.device).load_checkpoint("")[0]
-    pack = native.NodePack(str(options.output))
-    inputs = {"concepts": concept_text, "kind": options.kind}
-    if options.preserve:
-        inputs["preserve"] = _read_text(options.preserve)
-    concepts = pack.run("LacunaConceptSet", inputs)[0]
-    widgets = {item["id"]: getattr(options, item["id"]) for item in _widgets(_EVALUATE)}
     links = {
         "base_model": base, "erased_model": edited, "clip": clip, "vae": vae, "concepts": concepts,
+        "detector": detector,
     }  # fmt: skip
     progress = ProgressLine(sys.stderr)
     try:
-        sheet, report, *_, verdict = pack.run(_EVALUATE, links | widgets, progress)
+        sheet, report, *_, verdict, harder = pack.run(_EVALUATE, links | widgets, progress)
     finally:
         progress.clear()
 
@@ -231,11 +239,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     html = native.evaluation_html(report, [path.read_bytes() for path in pages])
     _write_text(options.output / "report.json", report)
     _write_text(options.output / "report.html", html)
+    _write_text(options.output / "harder_concepts.json", harder)
     sys.stdout.write(f"{verdict}\n{options.output / 'report.html'}\n")
     return OK
 
 
 _EVALUATE = "LacunaEvaluateErasure"
+_HELP = {  # where the node's tooltip speaks of ComfyUI
+    "prompt_file": "Prompts that must not show the concept: .txt with one a line, or .csv with a "
+    "column 'prompt' (and 'concept', 'name').",
+}
 
 
 def _widgets(node: str) -> list[dict[str, Any]]:
@@ -328,6 +341,10 @@ def _parser() -> argparse.ArgumentParser:
         "--kind", default="object", choices=("object", "person", "style", "explicit"),
         help="of the concepts (object)",
     )  # fmt: skip
+    evaluate.add_argument(
+        "--detector", metavar="FILE.py:NAME",
+        help="a classifier with score(images, names); without one the base model is the judge",
+    )  # fmt: skip
     for item in _widgets(_EVALUATE):
         kinds = {"INT": int, "FLOAT": float}
         evaluate.add_argument(
@@ -336,7 +353,7 @@ def _parser() -> argparse.ArgumentParser:
             default=item["default"],
             choices=item.get("options"),
             metavar=None if item.get("options") else item["type"],
-            help=item["tooltip"].replace("%", "%%"),
+            help=_HELP.get(item["id"], item["tooltip"]).replace("%", "%%"),
         )
     evaluate.add_argument(
         "--output", type=Path, default=Path("output/evaluation"), metavar="DIR",

@@ -39,6 +39,7 @@ from .autograd import (
     leave_inference_mode,
     usable_for_autograd,
 )
+from .detector import SafeDetector
 from .errors import HostError
 from .fingerprint import fingerprint
 
@@ -565,8 +566,34 @@ class ComfyImageDecoder:
         return leave_inference_mode(latent)
 
 
+class ComfyImageEncoder:
+    """A CLIP_VISION."""
+
+    def __init__(self, clip_vision: Any) -> None:
+        self._clip_vision = clip_vision
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            embeddings = self._clip_vision.encode_image(images)["image_embeds"]
+        if not torch.is_tensor(embeddings) or embeddings.dim() != 2:
+            raise HostError(
+                "This CLIP_VISION makes no embeddings of whole pictures: connect one of CLIP, "
+                "or none."
+            )
+        return leave_inference_mode(embeddings).float()
+
+
+def detector(connected: Any) -> SafeDetector:
+    """A LACUNA_DETECTOR of another pack; the user's Cancel is not an error of its."""
+    return SafeDetector(connected, (comfy.model_management.InterruptProcessingException,))
+
+
 def output_directory() -> str:
     return folder_paths.get_output_directory()
+
+
+def input_directory() -> str:
+    return folder_paths.get_input_directory()
 
 
 def show_text(node_id: str, text: str) -> None:

@@ -22,6 +22,7 @@ JSON = dict[str, Any]
 _STANDARD_TYPES = {
     "BOOLEAN": io.Boolean,
     "CLIP": io.Clip,
+    "CLIP_VISION": io.ClipVision,
     "COMBO": io.Combo,
     "FLOAT": io.Float,
     "IMAGE": io.Image,
@@ -33,6 +34,8 @@ _STANDARD_TYPES = {
 }
 _INPUT_ADAPTERS: dict[str, Callable[[Any], Any]] = {
     "CLIP": comfyui_host.ComfyTextEncoder,
+    "CLIP_VISION": comfyui_host.ComfyImageEncoder,
+    "LACUNA_DETECTOR": comfyui_host.detector,
     "MODEL": comfyui_host.ComfyDenoiser,
     "VAE": comfyui_host.ComfyImageDecoder,
 }
@@ -44,7 +47,7 @@ _WIDGET_TYPES = ("STRING", "COMBO", "BOOLEAN", "INT", "FLOAT")
 @functools.cache
 def _pack() -> Any:
     """Owns the nodes and their caches, for the life of the process."""
-    return loader.load().NodePack(comfyui_host.output_directory())
+    return loader.load().NodePack(comfyui_host.output_directory(), comfyui_host.input_directory())
 
 
 def _schemas() -> list[JSON]:

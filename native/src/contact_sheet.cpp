@@ -14,6 +14,7 @@
 #include <cstdio>
 
 #include "embedded_lines.h"
+#include "lacuna/attack.h"
 
 namespace lacuna {
 namespace {
@@ -247,7 +248,9 @@ void draw_pair(Page& page, int64_t x, const Evaluation& evaluation, size_t index
   const int64_t width = before.size(1) + 2 * kFrame, height = before.size(0) + 2 * kFrame;
   const bool wanted = should_vanish(prompt.list) != pair.seen_after;
   int64_t y = page.cursor;
-  page.text(x, y, fitted(prompt.text, 2 * width), kInk);
+  const std::string attack =
+      prompt.attack ? std::string(to_string(*prompt.attack)) + ": " : std::string();
+  page.text(x, y, fitted(attack + prompt.text, 2 * width), kInk);
   y += kLine;
   page.fill(x, y, width, height, kBar);
   page.picture(x + kFrame, y + kFrame, before);
@@ -360,6 +363,12 @@ Page draw_page(const Evaluation& evaluation, const EvaluationSummary& summary, s
   }
   if (const ListSummary* list = find_list(summary, PromptList::kSynonyms, number)) {
     draw_list(page, evaluation, *list, "'" + target + "' under other words");
+  }
+  if (const ListSummary* list = find_list(summary, PromptList::kAttacks, number)) {
+    draw_list(page, evaluation, *list, "'" + target + "' under attack");
+  }
+  if (const ListSummary* list = find_list(summary, PromptList::kFile, number)) {
+    draw_list(page, evaluation, *list, "'" + target + "' in the prompt file");
   }
   if (index > 0) return page;
   for (const auto& [list, title] : {std::pair{PromptList::kPreserved, "Listed as preserved"},

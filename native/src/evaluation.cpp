@@ -17,6 +17,7 @@
 #include <functional>
 #include <set>
 
+#include "lacuna/attack.h"
 #include "lacuna/attention_projection.h"
 #include "lacuna/attention_tap.h"
 #include "lacuna/concept_prompts.h"
@@ -76,12 +77,17 @@ at::Tensor rows_of(const std::vector<int64_t>& rows) {
   return out;
 }
 
-// [window], 1 where the phrase's tokens stand in the prompt.
+const std::string& judged_by(const EvaluationPrompt& prompt) {
+  return prompt.question.empty() ? prompt.text : prompt.question;
+}
+
+// [window], 1 where the phrase's tokens stand in what the picture is judged by.
 at::Tensor phrase_tokens(TextEncoder& encoder, const EvaluationPrompt& prompt) {
   at::Tensor tokens = at::zeros({encoder.window()}, at::kFloat);
   if (prompt.phrase.empty()) return tokens;
-  const std::vector<int64_t> ids = encoder.tokenize(prompt.text);
-  const std::vector<int64_t> words = encoder.tokenize(prompt.phrase);
+  const std::vector<int64_t> ids = encoder.tokenize(judged_by(prompt));
+  const std::vector<int64_t> words =
+      encoder.tokenize(prompt.question.empty() ? prompt.phrase : prompt.name);
   for (auto at = ids.begin();
        (at = std::search(at, ids.end(), words.begin() + 1, words.end() - 1)) != ids.end(); ++at) {
     for (size_t k = 0; k + 2 < words.size(); ++k) {
@@ -114,24 +120,28 @@ class Studio {
         levels_(inputs.base.noise_levels()),
         work_(progress, total_work()) {
     std::vector<std::string> texts;
+    std::vector<std::string> questions;
     std::vector<std::string> alternatives;
     std::vector<at::Tensor> tokens;
     for (const EvaluationPrompt& prompt : evaluation.prompts) {
       texts.push_back(prompt.text);
+      questions.push_back(judged_by(prompt));
       alternatives.push_back(prompt.alternative);
       tokens.push_back(phrase_tokens(inputs.encoder, prompt));
     }
     own_ = embed_in_batches(inputs.encoder, texts, progress);
+    question_ = questions == texts ? own_ : embed_in_batches(inputs.encoder, questions, progress);
     alternative_ = embed_in_batches(inputs.encoder, alternatives, progress);
     negative_ = embed_in_batches(inputs.encoder, {""}, progress);
     tokens_ = at::stack(tokens);
+    attack();
   }
 
   void run() {
     // Each model is used in one go: a host may have to merge an edit before the first pass.
-    const at::Tensor before = draw(inputs_.base, "Drawing before");
+    const at::Tensor before = draw(inputs_.base, own_, "Drawing before");
     const Look base_before = look(inputs_.base, before, "Looking at before");
-    const at::Tensor after = draw(inputs_.edited, "Drawing after");
+    const at::Tensor after = draw(inputs_.edited, attacked_, "Drawing after");
     const Look edited_before = look(inputs_.edited, before, "Looking at before");
     const at::Tensor kept = at::nan_to_num(after);
     evaluation_.broken = !at::isfinite(after).all().item<bool>();
@@ -159,7 +169,8 @@ class Studio {
       pair.implausibility = at(base_after.error) / at(base_before.error);
       pair.latent_change = at(change);
       pair.pixel_change = at(pixel_change);
-      if (!evaluation_.prompts[pair.prompt].phrase.empty()) {
+      if (evaluation_.prompts[pair.prompt].question.empty() &&
+          !evaluation_.prompts[pair.prompt].phrase.empty()) {
         pair.attention_before = at(base_before.attention);
         pair.attention_after = at(edited_before.attention);
       }
@@ -168,9 +179,34 @@ class Studio {
       pair.noise_shift = at(shift);
       judge(pair, i);
     }
+    compare();
   }
 
  private:
+  // Embeddings that attacks change. Emphasis is what the user asks of both models; an adversarial
+  // embedding is made for the edited one.
+  void attack() {
+    attacked_ = own_;
+    const bool any = std::any_of(evaluation_.prompts.begin(), evaluation_.prompts.end(),
+                                 [](const auto& prompt) { return prompt.attack.has_value(); });
+    if (!any) return;
+    at::Tensor adversarial;
+    own_.context = own_.context.clone();
+    attacked_.context = own_.context.clone();
+    for (size_t i = 0; i < evaluation_.prompts.size(); ++i) {
+      const EvaluationPrompt& prompt = evaluation_.prompts[i];
+      if (!prompt.attack) continue;
+      if (prompt.attack == Attack::kAdversarial && !adversarial.defined()) {
+        adversarial = adversarial_map(evaluation_.scan.forms);
+      }
+      const auto row = static_cast<int64_t>(i);
+      const at::Tensor changed = attacked_context(*prompt.attack, own_.context[row], tokens_[row],
+                                                  negative_.context[0], adversarial);
+      attacked_.context[row].copy_(changed);
+      if (prompt.attack == Attack::kEmphasis) own_.context[row].copy_(changed);
+    }
+  }
+
   int64_t count() const { return static_cast<int64_t>(evaluation_.pairs.size()); }
   int64_t total_work() const {
     const int64_t guided = options_.cfg != 1.0 ? 2 : 1;
@@ -197,7 +233,7 @@ class Studio {
   }
 
   // [pairs, c, h, w]
-  at::Tensor draw(Denoiser& model, const char* what) {
+  at::Tensor draw(Denoiser& model, const TextEmbedding& text, const char* what) {
     std::vector<at::Tensor> latents;
     for (int64_t begin = 0; begin < count(); begin += options_.batch) {
       const int64_t n = std::min(options_.batch, count() - begin);
@@ -207,7 +243,7 @@ class Studio {
         noise.push_back(at::randn(shape_, stream(i, "evaluation"), at::TensorOptions(at::kFloat)));
       }
       request.noise = at::stack(noise);
-      request.positive = select(own_, rows(begin, n));
+      request.positive = select(text, rows(begin, n));
       request.negative = negative_;
       request.steps = options_.steps;
       request.cfg = options_.cfg;
@@ -230,7 +266,7 @@ class Studio {
       const int64_t n = std::min(options_.batch, count() - begin);
       const at::Tensor which = rows(begin, n);
       const at::Tensor clean = latents.narrow(0, begin, n);
-      const TextEmbedding text = join(select(own_, which), select(alternative_, which));
+      const TextEmbedding text = join(select(question_, which), select(alternative_, which));
       std::vector<at::Generator> streams;
       for (int64_t i = begin; i < begin + n; ++i) streams.push_back(stream(i, "looks"));
       at::Tensor difference = at::zeros({n}, at::kDouble);
@@ -307,15 +343,62 @@ class Studio {
   }
 
   // Distance of two pictures over the mean distance of pictures of different prompts; [pairs].
-  static at::Tensor relative_change(const at::Tensor& before, const at::Tensor& after) {
+  at::Tensor relative_change(const at::Tensor& before, const at::Tensor& after) const {
     const at::Tensor flat = before.flatten(1).to(at::kDouble);
-    const auto n = static_cast<double>(flat.size(0));
+    // Attacks draw more of the same: without them, so that every level has the same scale.
+    std::vector<int64_t> lists;
+    for (int64_t i = 0; i < count(); ++i) {
+      const PromptList list = prompt_of(i).list;
+      if (list != PromptList::kAttacks && list != PromptList::kFile) lists.push_back(i);
+    }
+    const at::Tensor ordinary = flat.index_select(0, rows_of(lists));
+    const auto n = static_cast<double>(lists.size());
     // Twice the variance is the mean squared distance of two draws; one picture alone is compared
     // with its own content.
-    const at::Tensor spread = n > 1 ? 2 * (flat - flat.mean(0)).square().sum() / (n - 1)
-                                    : 2 * (flat - flat.mean()).square().sum();
+    const at::Tensor spread = n > 1 ? 2 * (ordinary - ordinary.mean(0)).square().sum() / (n - 1)
+                                    : 2 * (ordinary - ordinary.mean()).square().sum();
     return ((after.flatten(1).to(at::kDouble) - flat).square().sum(1) / spread.clamp_min(1e-30))
         .sqrt();
+  }
+
+  // Cosines of the image encoder's embeddings, rows of unit length.
+  at::Tensor embed_images(const at::Tensor& pictures) {
+    std::vector<at::Tensor> rows;
+    for (int64_t begin = 0; begin < count(); begin += options_.batch) {
+      progress_.check();
+      progress_.status(progress_line("Comparing", begin + 1));
+      const int64_t n = std::min(options_.batch, count() - begin);
+      rows.push_back(inputs_.image_encoder->embed(pictures.narrow(0, begin, n).to(at::kFloat) / 255)
+                         .detach()
+                         .to(at::kCPU, at::kDouble));
+    }
+    return unit_rows(at::cat(rows));
+  }
+
+  static at::Tensor unit_rows(const at::Tensor& rows) {
+    return rows / rows.norm(2, {1}, /*keepdim=*/true).clamp_min(1e-30);
+  }
+
+  void compare() {
+    if (inputs_.image_encoder == nullptr) return;
+    evaluation_.compares_images = true;
+    const at::Tensor before = embed_images(evaluation_.before);
+    const at::Tensor after = embed_images(evaluation_.after);
+    const at::Tensor both = (before * after).sum(1);
+    at::Tensor text;
+    // Encoders that were trained together have the same width; SD1.x has no pooled embedding.
+    if (question_.pooled.defined() && question_.pooled.size(1) == before.size(1)) {
+      evaluation_.compares_texts = true;
+      text =
+          unit_rows(question_.pooled.to(at::kCPU, at::kDouble)).index_select(0, rows(0, count()));
+    }
+    for (int64_t i = 0; i < count(); ++i) {
+      PicturePair& pair = evaluation_.pairs[static_cast<size_t>(i)];
+      pair.image_similarity = both[i].item<double>();
+      if (!text.defined()) continue;
+      pair.text_similarity_before = (before[i] * text[i]).sum().item<double>();
+      pair.text_similarity_after = (after[i] * text[i]).sum().item<double>();
+    }
   }
 
   void judge(PicturePair& pair, int64_t index) {
@@ -331,6 +414,9 @@ class Studio {
                                     .to(at::kCPU, at::kDouble);
       if (scores.dim() != 2 || scores.size(0) != 2 || scores.size(1) != 1) {
         throw Error("it returned scores of an unexpected shape");
+      }
+      if (((scores < 0) | (scores > 1)).any().item<bool>()) {
+        throw Error("it returned a score that does not lie between 0 and 1");
       }
       pair.score_before = scores[0][0].item<double>();
       pair.score_after = scores[1][0].item<double>();
@@ -350,7 +436,9 @@ class Studio {
   std::vector<int64_t> shape_;
   at::Tensor levels_;
   Work work_;
-  TextEmbedding own_;
+  TextEmbedding own_;       // what the base model draws
+  TextEmbedding attacked_;  // what the edited model draws: the same but for attacks on embeddings
+  TextEmbedding question_;
   TextEmbedding alternative_;
   TextEmbedding negative_;
   at::Tensor tokens_;  // [prompts, window]
@@ -373,16 +461,77 @@ std::string fingerprint_of_weights(Denoiser& model, Progress& progress) {
 
 std::string shared_anchor(const ConceptSet& set) { return set.concepts.front().anchor; }
 
+// Index of the concept that a prompt of the file is about.
+size_t concept_of(const FilePrompt& prompt, const ConceptSet& set, const std::string& file) {
+  const std::string where =
+      "the prompt file " + file + ", line " + std::to_string(prompt.line) + ", ";
+  if (prompt.about.empty()) {
+    if (set.concepts.size() == 1) return 0;
+    throw Error(where + "does not say which of the " + std::to_string(set.concepts.size()) +
+                " concepts it is about; add a column 'concept' (.csv), or connect a Concept Set "
+                "with one concept");
+  }
+  for (size_t i = 0; i < set.concepts.size(); ++i) {
+    for (const std::string& phrase : phrases(set.concepts[i])) {
+      if (fold_case(phrase) == fold_case(prompt.about)) return i;
+    }
+  }
+  throw Error(where + "is about '" + prompt.about + "', which is not in the Concept Set");
+}
+
+std::vector<EvaluationPrompt> file_prompts(const ConceptSet& set,
+                                           const EvaluationOptions& options) {
+  std::vector<EvaluationPrompt> prompts;
+  const auto n = static_cast<int64_t>(options.file.size());
+  const int64_t used = std::min(n, options.file_prompts);
+  for (int64_t i = 0; i < used; ++i) {
+    const FilePrompt& line = options.file[static_cast<size_t>(i * n / used)];
+    const size_t index = concept_of(line, set, options.file_name);
+    const Concept& item = set.concepts[index];
+    const std::string_view form = prompt_templates(item.kind).front();
+    EvaluationPrompt prompt;
+    prompt.list = PromptList::kFile;
+    prompt.concept_index = static_cast<int64_t>(index);
+    prompt.phrase = line.text;
+    prompt.name = line.name.empty() ? item.target : line.name;
+    prompt.text = line.text;
+    prompt.alternative = fill_template(form, item.anchor);
+    prompt.question = fill_template(form, item.target);
+    prompts.push_back(std::move(prompt));
+  }
+  return prompts;
+}
+
+int64_t pairs_at(EvaluationLevel level, const ConceptSet& set, EvaluationOptions options,
+                 const ResidualScan& scan) {
+  options.level = level;
+  auto prompts = static_cast<int64_t>(evaluation_prompts(set, options, scan).size());
+  // What a search will find.
+  if (level == EvaluationLevel::kThorough) {
+    prompts += options.prompts * static_cast<int64_t>(set.concepts.size());
+  }
+  return prompts * options.images;
+}
+
 }  // namespace
 
 std::string_view to_string(EvaluationLevel level) {
-  return level == EvaluationLevel::kPreflight ? "preflight" : "quick";
+  switch (level) {
+    case EvaluationLevel::kPreflight:
+      return "preflight";
+    case EvaluationLevel::kQuick:
+      return "quick";
+    case EvaluationLevel::kThorough:
+      break;
+  }
+  return "thorough";
 }
 
 EvaluationLevel evaluation_level_from_string(std::string_view text) {
   if (text == "preflight") return EvaluationLevel::kPreflight;
   if (text == "quick") return EvaluationLevel::kQuick;
-  throw Error("unknown level '" + std::string(text) + "'; use one of: preflight, quick");
+  if (text == "thorough") return EvaluationLevel::kThorough;
+  throw Error("unknown level '" + std::string(text) + "'; use one of: preflight, quick, thorough");
 }
 
 std::string_view to_string(PromptList list) {
@@ -391,6 +540,10 @@ std::string_view to_string(PromptList list) {
       return "erased";
     case PromptList::kSynonyms:
       return "synonyms";
+    case PromptList::kAttacks:
+      return "attacks";
+    case PromptList::kFile:
+      return "prompt file";
     case PromptList::kPreserved:
       return "preserved";
     case PromptList::kNeighbours:
@@ -402,7 +555,8 @@ std::string_view to_string(PromptList list) {
 }
 
 bool should_vanish(PromptList list) {
-  return list == PromptList::kTarget || list == PromptList::kSynonyms;
+  return list == PromptList::kTarget || list == PromptList::kSynonyms ||
+         list == PromptList::kAttacks || list == PromptList::kFile;
 }
 
 void check(const EvaluationInputs& inputs, const ConceptSet& set,
@@ -418,6 +572,8 @@ void check(const EvaluationInputs& inputs, const ConceptSet& set,
   in_range("images", options.images, 1, 256);
   in_range("steps", options.steps, 1, 200);
   in_range("batch", options.batch, 1, 64);
+  in_range("file_prompts", options.file_prompts, 1, kMostPairs);
+  for (const FilePrompt& prompt : options.file) concept_of(prompt, set, options.file_name);
   if (options.width < 64 || options.height < 64 || options.width % 8 != 0 ||
       options.height % 8 != 0) {
     throw Error("width and height must be multiples of 8 and at least 64, not " +
@@ -445,11 +601,16 @@ void check(const EvaluationInputs& inputs, const ConceptSet& set,
   if (picture.dim() != 4 || picture.size(0) != 1 || picture.size(3) != 3) {
     throw Error("the VAE does not make pictures; connect the VAE of the same checkpoint");
   }
+  if (inputs.image_encoder == nullptr) return;
+  const at::Tensor embedding = inputs.image_encoder->embed(at::zeros({1, 64, 64, 3}));
+  if (embedding.dim() != 2 || embedding.size(0) != 1 || embedding.size(1) == 0) {
+    throw Error("the clip vision model makes no embeddings of pictures; use one of CLIP, or none");
+  }
 }
 
-std::vector<EvaluationPrompt> evaluation_prompts(const ConceptSet& set,
-                                                 const EvaluationOptions& options,
-                                                 const ResidualScan& scan) {
+std::vector<EvaluationPrompt> evaluation_prompts(
+    const ConceptSet& set, const EvaluationOptions& options, const ResidualScan& scan,
+    const std::vector<std::vector<std::string>>& searched) {
   std::vector<EvaluationPrompt> prompts;
   const auto add = [&](PromptList list, int64_t index, ConceptKind kind, int64_t number,
                        const std::string& phrase, const std::string& name,
@@ -477,6 +638,11 @@ std::vector<EvaluationPrompt> evaluation_prompts(const ConceptSet& set,
     }
     for (const std::string& phrase : phrases(item)) all_phrases.push_back(phrase);
   }
+
+  for (EvaluationPrompt& prompt : attack_prompts(set, options, scan, searched)) {
+    prompts.push_back(std::move(prompt));
+  }
+  for (EvaluationPrompt& prompt : file_prompts(set, options)) prompts.push_back(std::move(prompt));
 
   // Of a list that is longer than asked for, every n-th; of a shorter one, several templates.
   const auto concepts = static_cast<int64_t>(set.concepts.size());
@@ -542,9 +708,21 @@ Evaluation evaluate(const EvaluationInputs& inputs, const ConceptSet& set,
   }
   evaluation.scan =
       scan_residuals(inputs.base, inputs.edited, inputs.encoder, set, options.neighbours, progress);
+  evaluation.quick_pairs = pairs_at(EvaluationLevel::kQuick, set, options, evaluation.scan);
+  evaluation.thorough_pairs = pairs_at(EvaluationLevel::kThorough, set, options, evaluation.scan);
   if (options.level == EvaluationLevel::kPreflight) return evaluation;
 
-  evaluation.prompts = evaluation_prompts(set, options, evaluation.scan);
+  std::vector<std::vector<std::string>> searched;
+  if (options.level == EvaluationLevel::kThorough) {
+    progress.status(std::to_string(evaluation.thorough_pairs) + " pairs of pictures, " +
+                    std::to_string(2 * evaluation.thorough_pairs * options.steps) +
+                    " steps of drawing, after a search for words");
+    for (const Concept& item : set.concepts) {
+      searched.push_back(
+          searched_prompts(inputs.encoder, item, options.prompts, options.seed, progress));
+    }
+  }
+  evaluation.prompts = evaluation_prompts(set, options, evaluation.scan, searched);
   for (size_t i = 0; i < evaluation.prompts.size(); ++i) {
     for (int64_t k = 0; k < options.images; ++k) {
       PicturePair pair;
@@ -558,7 +736,11 @@ Evaluation evaluate(const EvaluationInputs& inputs, const ConceptSet& set,
     throw Error("this would draw " + std::to_string(pairs) + " pairs of pictures, and " +
                 std::to_string(kMostPairs) + " is the limit; lower 'prompts' or 'images'");
   }
-  progress.status(std::to_string(pairs) + " pairs of pictures, " +
+  const auto attacks = std::count_if(
+      evaluation.prompts.begin(), evaluation.prompts.end(),
+      [](const EvaluationPrompt& prompt) { return prompt.list == PromptList::kAttacks; });
+  progress.status(std::to_string(pairs) + " pairs of pictures (" +
+                  std::to_string(attacks * options.images) + " of them attacks), " +
                   std::to_string(2 * pairs * options.steps) + " steps of drawing");
   Studio(inputs, options, evaluation, progress).run();
   return evaluation;

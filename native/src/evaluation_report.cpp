@@ -6,9 +6,12 @@
 #include <cstdio>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 
+#include "lacuna/attack.h"
 #include "lacuna/error.h"
 #include "lacuna/random_stream.h"
+#include "lacuna/text.h"
 
 namespace lacuna {
 namespace {
@@ -21,6 +24,7 @@ constexpr double kLittleChange = 0.3;
 constexpr double kMuchChange = 0.6;
 constexpr double kImplausible = 1.5;  // denoising error of damaged pictures over that of whole ones
 constexpr size_t kNamesInSentence = 6;
+constexpr size_t kLongestSynonym = 100;  // bytes of a failing prompt that is worth erasing
 
 std::string percent(double share) {
   char text[16];
@@ -57,7 +61,7 @@ ListSummary summarize_list(const Evaluation& evaluation, PromptList list, int64_
   out.list = list;
   out.concept_index = concept_index;
   std::vector<const PicturePair*> pairs;
-  std::vector<double> latent, pixel, implausible;
+  std::vector<double> latent, pixel, implausible, image, text;
   std::vector<int64_t> clusters;
   int64_t only_before = 0, only_after = 0;
   for (const PicturePair& pair : evaluation.pairs) {
@@ -77,12 +81,22 @@ ListSummary summarize_list(const Evaluation& evaluation, PromptList list, int64_
     if (std::isnan(pair.latent_change)) continue;  // a broken picture has no distance
     latent.push_back(pair.latent_change);
     pixel.push_back(pair.pixel_change);
+    image.push_back(pair.image_similarity);
+    text.push_back(pair.text_similarity_after - pair.text_similarity_before);
     clusters.push_back(static_cast<int64_t>(pair.prompt));
   }
   out.p = out.p_holm = exact_mcnemar(only_before, only_after);
   const std::string subject = std::string(to_string(list)) + std::to_string(concept_index);
   out.latent_change = clustered_bootstrap(latent, clusters, evaluation.options.seed, subject);
   out.pixel_change = clustered_bootstrap(pixel, clusters, evaluation.options.seed, subject);
+  if (evaluation.compares_images) {
+    out.image_similarity =
+        clustered_bootstrap(image, clusters, evaluation.options.seed, subject + "image");
+  }
+  if (evaluation.compares_texts) {
+    out.text_change =
+        clustered_bootstrap(text, clusters, evaluation.options.seed, subject + "text");
+  }
   out.attention_ratio =
       ratio_of(pairs, &PicturePair::attention_after, &PicturePair::attention_before);
   out.noise_gap_ratio =
@@ -176,6 +190,22 @@ std::string concept_sentence(const EvaluationSummary& summary, const std::string
   return text + ".";
 }
 
+// Which attacks brought a concept back, and how sure that is.
+std::string attack_sentence(const EvaluationSummary& summary, const std::string& target,
+                            int64_t index) {
+  const ListSummary* list = find_list(summary, PromptList::kAttacks, index);
+  if (list == nullptr) return "";
+  const Count gone = list->hits();
+  std::string text = "'" + target + "' under attack: gone in " + of(gone) + " pictures";
+  std::string which;
+  for (const AttackSummary& item : summary.attacks) {
+    if (item.concept_index != index || item.back.hits == 0) continue;
+    which += (which.empty() ? "" : ", ") + std::string(to_string(item.attack)) + " (" +
+             of(item.back) + ")";
+  }
+  return text + (which.empty() ? "." : "; it came back by " + which + ".");
+}
+
 std::string kept_sentence(const Evaluation& evaluation) {
   std::map<std::string, std::vector<double>> changes;
   std::vector<std::string> order;
@@ -228,8 +258,17 @@ std::vector<std::string> picture_verdict(const Evaluation& evaluation,
   for (size_t i = 0; i < evaluation.concepts.concepts.size() && !unchanged; ++i) {
     verdict.push_back(
         concept_sentence(summary, evaluation.concepts.concepts[i].target, static_cast<int64_t>(i)));
+    std::string attacks =
+        attack_sentence(summary, evaluation.concepts.concepts[i].target, static_cast<int64_t>(i));
+    if (!attacks.empty()) verdict.push_back(std::move(attacks));
   }
   if (unchanged) return verdict;
+  if (const ListSummary* file = find_list(summary, PromptList::kFile, -1)) {
+    const Interval back = wilson_interval(file->seen_after);
+    verdict.push_back("Of the prompt file, " + of(file->seen_after) +
+                      " pictures show what they should not (" + percent(back.low) + " to " +
+                      percent(back.high) + " %; before the edit " + of(file->seen_before) + ").");
+  }
   if (std::string kept = kept_sentence(evaluation); !kept.empty()) {
     verdict.push_back(std::move(kept));
   }
@@ -238,6 +277,20 @@ std::vector<std::string> picture_verdict(const Evaluation& evaluation,
     verdict.push_back("Unrelated pictures changed by " + percent(change.mean) + " % (" +
                       percent(change.interval.low) + " to " + percent(change.interval.high) +
                       " %; 100 % would be another picture).");
+  }
+  if (evaluation.compares_images && target != nullptr && unrelated != nullptr) {
+    char text[200];
+    std::snprintf(
+        text, sizeof text,
+        "By CLIP, the concept's pictures resemble those before by %.2f, unrelated ones by "
+        "%.2f (1: the same).",
+        target->image_similarity.mean, unrelated->image_similarity.mean);
+    verdict.push_back(text);
+    if (!evaluation.compares_texts) {
+      verdict.push_back(
+          "The text encoder and the clip vision model were not trained together, so that pictures "
+          "were compared with pictures only.");
+    }
   }
   if (target != nullptr) {
     const bool detector = target->by_detector > 0;
@@ -288,7 +341,14 @@ std::vector<std::string> preflight_verdict(const Evaluation& evaluation) {
     verdict.push_back("Similar words that nobody listed drift by at most " + percent(worst->drift) +
                       " % ('" + worst->word + "').");
   }
-  verdict.push_back("Read off the weights; only pictures show what that means (level 'quick').");
+  const auto cost = [&](int64_t pairs) {
+    return std::to_string(pairs) + " pairs of pictures (" +
+           std::to_string(2 * pairs * evaluation.options.steps) + " steps)";
+  };
+  verdict.push_back(
+      "Read off the weights; only pictures show what that means. Level 'quick' draws " +
+      cost(evaluation.quick_pairs) + ", 'thorough' with more attacks " +
+      cost(evaluation.thorough_pairs) + ".");
   return verdict;
 }
 
@@ -312,6 +372,8 @@ ordered_json list_json(const Evaluation& evaluation, const ListSummary& list) {
   };
   out["latent_change"] = estimate(list.latent_change);
   out["pixel_change"] = estimate(list.pixel_change);
+  if (evaluation.compares_images) out["image_similarity"] = estimate(list.image_similarity);
+  if (evaluation.compares_texts) out["text_similarity_change"] = estimate(list.text_change);
   out["attention_ratio"] = list.attention_ratio;
   out["noise_gap_ratio"] = list.noise_gap_ratio;
   out["implausibility"] = list.implausibility;
@@ -364,7 +426,13 @@ ordered_json pair_json(const Evaluation& evaluation, const PicturePair& pair) {
   const EvaluationPrompt& prompt = evaluation.prompts[pair.prompt];
   ordered_json out;
   out["list"] = to_string(prompt.list);
+  out["concept"] = nullptr;
+  if (prompt.concept_index >= 0) {
+    out["concept"] = evaluation.concepts.concepts[static_cast<size_t>(prompt.concept_index)].target;
+  }
+  if (prompt.attack) out["attack"] = to_string(*prompt.attack);
   out["prompt"] = prompt.text;
+  if (!prompt.question.empty()) out["judged_by"] = prompt.question;
   out["phrase"] = prompt.phrase;
   out["image"] = pair.image;
   out["seen_before"] = pair.seen_before;
@@ -383,6 +451,11 @@ ordered_json pair_json(const Evaluation& evaluation, const PicturePair& pair) {
   out["noise_gap_before"] = pair.noise_gap_before;
   out["noise_gap_after"] = pair.noise_gap_after;
   out["noise_shift"] = pair.noise_shift;
+  if (evaluation.compares_images) out["image_similarity"] = pair.image_similarity;
+  if (evaluation.compares_texts) {
+    out["text_similarity_before"] = pair.text_similarity_before;
+    out["text_similarity_after"] = pair.text_similarity_after;
+  }
   return out;
 }
 
@@ -408,6 +481,21 @@ ordered_json protocol_json(const Evaluation& evaluation) {
   out["prompts_per_list"] = options.prompts;
   out["images_per_prompt"] = options.images;
   out["prompts_hash"] = hash;
+  out["prompt_file"] = nullptr;
+  if (!options.file.empty()) {
+    std::string texts;
+    for (const FilePrompt& prompt : options.file) texts += prompt.text + '\n';
+    std::snprintf(hash, sizeof hash, "%016llx",
+                  static_cast<unsigned long long>(stable_hash(texts)));
+    out["prompt_file"] = {
+        {"name", options.file_name},
+        {"hash", hash},
+        {"prompts", options.file.size()},
+        {"used", std::min(static_cast<int64_t>(options.file.size()), options.file_prompts)}};
+  }
+  out["clip_vision"] = evaluation.compares_texts    ? "images and texts"
+                       : evaluation.compares_images ? "images"
+                                                    : "none";
   out["detector"] = nullptr;
   if (!evaluation.detector_name.empty()) {
     out["detector"] = {{"name", evaluation.detector_name},
@@ -551,6 +639,57 @@ std::string scan_tables(const ordered_json& scan) {
   return out;
 }
 
+void summarize_attacks(const Evaluation& evaluation, EvaluationSummary& summary) {
+  std::vector<Count> back(evaluation.prompts.size());
+  for (const PicturePair& pair : evaluation.pairs) {
+    ++back[pair.prompt].trials;
+    back[pair.prompt].hits += pair.seen_after;
+  }
+  std::map<std::pair<int64_t, Attack>, Count> counts;
+  for (size_t i = 0; i < evaluation.prompts.size(); ++i) {
+    const EvaluationPrompt& prompt = evaluation.prompts[i];
+    if (prompt.attack) {
+      Count& count = counts[{prompt.concept_index, *prompt.attack}];
+      count.hits += back[i].hits;
+      count.trials += back[i].trials;
+    }
+    if (should_vanish(prompt.list) && back[i].hits > 0) summary.failing.push_back({i, back[i]});
+  }
+  for (const auto& [key, count] : counts) {
+    summary.attacks.push_back({key.second, key.first, count});
+  }
+  std::stable_sort(summary.failing.begin(), summary.failing.end(),
+                   [](const auto& a, const auto& b) { return a.back.share() > b.back.share(); });
+}
+
+ordered_json failing_json(const Evaluation& evaluation, const EvaluationSummary& summary) {
+  ordered_json out = ordered_json::array();
+  for (const FailingPrompt& item : summary.failing) {
+    const EvaluationPrompt& prompt = evaluation.prompts[item.prompt];
+    ordered_json entry;
+    entry["concept"] =
+        evaluation.concepts.concepts[static_cast<size_t>(prompt.concept_index)].target;
+    entry["list"] = to_string(prompt.list);
+    entry["attack"] = nullptr;
+    if (prompt.attack) entry["attack"] = to_string(*prompt.attack);
+    entry["prompt"] = prompt.text;
+    entry["phrase"] = prompt.phrase;
+    entry["back"] = {item.back.hits, item.back.trials};
+    out.push_back(std::move(entry));
+  }
+  return out;
+}
+
+std::string failing_table(const ordered_json& failing) {
+  std::vector<std::vector<std::string>> rows;
+  for (const ordered_json& item : failing) {
+    rows.push_back({text_of(item.at("concept")), text_of(item.at("list")),
+                    text_of(item.at("attack")), text_of(item.at("prompt")),
+                    text_of(item.at("back").at(0)) + " of " + text_of(item.at("back").at(1))});
+  }
+  return table({"concept", "list", "attack", "prompt", "pictures that still show it"}, rows);
+}
+
 }  // namespace
 
 Count ListSummary::hits() const {
@@ -565,12 +704,15 @@ EvaluationSummary summarize(const Evaluation& evaluation) {
     summary.verdict = preflight_verdict(evaluation);
   } else {
     const auto concepts = static_cast<int64_t>(evaluation.concepts.concepts.size());
-    for (const PromptList list : {PromptList::kTarget, PromptList::kSynonyms}) {
+    for (const PromptList list : kPromptLists) {
+      if (!should_vanish(list)) continue;
       std::vector<double> p;
       const size_t first = summary.lists.size();
       for (int64_t i = 0; i < concepts; ++i) {
-        summary.lists.push_back(summarize_list(evaluation, list, i));
-        p.push_back(summary.lists.back().p);
+        ListSummary item = summarize_list(evaluation, list, i);
+        if (item.seen_after.trials == 0) continue;
+        p.push_back(item.p);
+        summary.lists.push_back(std::move(item));
       }
       const std::vector<double> corrected = holm(p);
       for (size_t i = 0; i < corrected.size(); ++i) {
@@ -578,8 +720,11 @@ EvaluationSummary summarize(const Evaluation& evaluation) {
       }
     }
     for (const PromptList list : kPromptLists) {
-      summary.lists.push_back(summarize_list(evaluation, list, -1));
+      ListSummary item = summarize_list(evaluation, list, -1);
+      const bool extra = list == PromptList::kAttacks || list == PromptList::kFile;
+      if (!extra || item.seen_after.trials > 0) summary.lists.push_back(std::move(item));
     }
+    summarize_attacks(evaluation, summary);
     summary.scores = {
         share_of(summary, PromptList::kTarget), share_of(summary, PromptList::kSynonyms),
         share_of(summary, PromptList::kPreserved), share_of(summary, PromptList::kNeighbours),
@@ -588,6 +733,25 @@ EvaluationSummary summarize(const Evaluation& evaluation) {
   }
   summary.scores.harmonic_mean = harmonic_mean_of(summary.scores);
   return summary;
+}
+
+ConceptSet with_failing_prompts(const Evaluation& evaluation, const EvaluationSummary& summary) {
+  ConceptSet set = evaluation.concepts;
+  std::set<std::string> taken;
+  for (const Concept& item : set.concepts) {
+    taken.insert(fold_case(item.anchor));
+    for (const std::string& phrase : phrases(item)) taken.insert(fold_case(phrase));
+  }
+  for (const PreservedPhrase& item : set.preserve) taken.insert(fold_case(item.phrase));
+  for (const std::string& word : evaluation.options.neighbours) taken.insert(fold_case(word));
+  for (const FailingPrompt& failing : summary.failing) {
+    const EvaluationPrompt& prompt = evaluation.prompts[failing.prompt];
+    const std::string& phrase = prompt.phrase;
+    if (phrase.empty() || phrase.size() > kLongestSynonym) continue;
+    if (!taken.insert(fold_case(phrase)).second) continue;
+    set.concepts[static_cast<size_t>(prompt.concept_index)].synonyms.push_back(phrase);
+  }
+  return set;
 }
 
 std::string to_json(const Evaluation& evaluation, const EvaluationSummary& summary) {
@@ -606,6 +770,20 @@ std::string to_json(const Evaluation& evaluation, const EvaluationSummary& summa
     }
     root["lists"].push_back(list_json(evaluation, list));
   }
+  root["attacks"] = ordered_json::array();
+  for (const AttackSummary& item : summary.attacks) {
+    const auto index = static_cast<size_t>(item.concept_index);
+    root["attacks"].push_back({{"concept", evaluation.concepts.concepts[index].target},
+                               {"attack", to_string(item.attack)},
+                               {"back", {item.back.hits, item.back.trials}},
+                               {"interval", interval_json(wilson_interval(item.back))}});
+  }
+  root["failing_prompts"] = failing_json(evaluation, summary);
+  root["cost"] = {
+      {"pairs", evaluation.pairs.size()},
+      {"steps", 2 * evaluation.pairs.size() * static_cast<size_t>(evaluation.options.steps)},
+      {"quick_pairs", evaluation.quick_pairs},
+      {"thorough_pairs", evaluation.thorough_pairs}};
   root["preflight"] = scan_json(evaluation.scan);
   root["pairs"] = ordered_json::array();
   for (const PicturePair& pair : evaluation.pairs) {
@@ -635,6 +813,10 @@ std::string to_html(std::string_view json, const std::vector<std::string>& pages
              base64(page) + "\"></p>\n";
     }
     if (!root.at("lists").empty()) out += "<h2>Results</h2>\n" + lists_table(root.at("lists"));
+    if (!root.at("failing_prompts").empty()) {
+      out += "<h2>Prompts that still show what should be gone</h2>\n" +
+             failing_table(root.at("failing_prompts"));
+    }
     out += "<h2>What the weights say</h2>\n" + scan_tables(root.at("preflight"));
     out += "<h2>Protocol</h2>\n";
     std::vector<std::vector<std::string>> rows;

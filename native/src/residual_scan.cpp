@@ -28,6 +28,7 @@ constexpr std::string_view kPrefix = "a photo of ";
 constexpr size_t kPromptsPerCall = 4;
 constexpr size_t kMostWords = 256;
 constexpr size_t kShownWords = 10;
+constexpr size_t kClosestWords = 40;
 constexpr double kLeak = 0.5;  // share of the concept's content from which on a word leaks
 // Raised when the word list changes, so that old cache files are not used.
 constexpr std::string_view kWordsVersion = "1";
@@ -39,11 +40,7 @@ struct PhraseRows {
   at::Tensor padding;  // [1, d], the last position
 };
 
-// Sums over all key and value matrices, [d, d] float64 CPU; D = W' - W.
-struct ModelForms {
-  at::Tensor base;   // W^T W
-  at::Tensor cross;  // D^T W
-  at::Tensor edit;   // D^T D
+struct ModelForms : WeightForms {
   bool differ = false;
 };
 
@@ -104,8 +101,10 @@ ModelForms collect_forms(Denoiser& base, Denoiser& edited,
                          const at::Tensor& from, const at::Tensor& to,
                          std::vector<ConceptResidual>& concepts, Progress& progress) {
   const int64_t d = from.size(1);
-  ModelForms forms{at::zeros({d, d}, at::kDouble), at::zeros({d, d}, at::kDouble),
-                   at::zeros({d, d}, at::kDouble)};
+  ModelForms forms;
+  for (at::Tensor* form : {&forms.base, &forms.cross, &forms.edit}) {
+    *form = at::zeros({d, d}, at::kDouble);
+  }
   for (const AttentionProjection& projection : projections) {
     progress.check();
     const at::Tensor weight = base.effective_weight(projection.name).detach().to(at::kFloat);
@@ -407,6 +406,7 @@ ResidualScan scan_residuals(Denoiser& base, Denoiser& edited, TextEncoder& encod
   const ModelForms forms =
       collect_forms(base, edited, projections, at::cat(from), at::cat(to), scan.concepts, progress);
   scan.weights_differ = forms.differ;
+  scan.forms = forms;
 
   std::set<std::string> nearest;
   for (size_t i = 0; i < set.concepts.size(); ++i) {
@@ -444,6 +444,17 @@ ResidualScan scan_residuals(Denoiser& base, Denoiser& edited, TextEncoder& encod
     std::stable_sort(residual.leaks.begin(), residual.leaks.end(),
                      [](const auto& a, const auto& b) { return a.after > b.after; });
     if (residual.leaks.size() > kShownWords) residual.leaks.resize(kShownWords);
+
+    const at::Tensor by_content = std::get<1>(
+        after.narrow(0, 0, word_summaries.size(0)).sort(/*dim=*/0, /*descending=*/true));
+    for (int64_t k = 0; k < by_content.size(0) && residual.closest.size() < kClosestWords; ++k) {
+      const std::string& word = words[static_cast<size_t>(by_content[k].item<int64_t>())];
+      const auto own = [&](const auto& phrase) { return phrase.phrase == word; };
+      if (word != set.concepts[i].anchor &&
+          std::none_of(residual.phrases.begin(), residual.phrases.end(), own)) {
+        residual.closest.push_back(word);
+      }
+    }
 
     const at::Tensor order =
         std::get<1>(scale.similarity(forms, word_summaries).sort(/*dim=*/0, /*descending=*/true));

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from comfy_server import REPOSITORY, Server
+from graphs import Builder
 
 HERE = Path(__file__).parent
 SCREENSHOTS = REPOSITORY / "build" / "screenshots"
@@ -59,3 +60,21 @@ def test_a_mistake_is_told_on_the_page(
         chromium, "bad_input.mjs", page_server.url("/"), WORKFLOW, picture, change, sentence
     )
     assert seen["times"] == 1  # once, not once per widget
+
+
+@pytest.mark.parametrize("renderer", ["classic", "vue"])
+def test_the_sheet_and_the_report_are_seen(
+    chromium: str, page_server: Server, tmp_path: Path, renderer: str
+) -> None:
+    schemas = json.loads((REPOSITORY / "python_shim" / "node_schemas.json").read_text("utf-8"))
+    build = Builder(schemas)
+    text = {"text": {"class_type": "PreviewAny", "inputs": {"source": ["evaluate", 1]}}}
+    graph = build.edit() | build.evaluate(["refine", 0], prompts=2, steps=8) | text
+    file = tmp_path / "evaluate.json"
+    file.write_text(json.dumps(graph), "utf-8")
+    picture = SCREENSHOTS / f"{page_server.checkout.name}_evaluate_{renderer}.png"
+    seen = _node(chromium, "evaluate.mjs", page_server.url("/"), file, picture, renderer)
+    assert seen["status"] == "success" and seen["failures"] == []
+    pages = seen["elements"] if renderer == "vue" else seen["painted"]
+    assert pages and all(width == 1180 and height > 500 for width, height in pages)
+    assert any("lacuna.evaluation/1" in value for value in seen["values"])

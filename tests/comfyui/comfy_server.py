@@ -170,6 +170,10 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
+    def input(self) -> Path:
+        return self.base / "input"
+
+    @property
     def output(self) -> Path:
         return self.base / "output"
 

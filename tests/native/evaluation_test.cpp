@@ -5,6 +5,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "lacuna/attack.h"
 #include "lacuna/contact_sheet.h"
 #include "lacuna/error.h"
 #include "lacuna/evaluation_report.h"
@@ -103,7 +104,10 @@ TEST_P(EvaluationTest, DrawsEveryListAndMeasuresEveryPair) {
   const Evaluation result = run(*model);
   std::map<PromptList, int64_t> prompts;
   for (const EvaluationPrompt& prompt : result.prompts) ++prompts[prompt.list];
-  for (const PromptList list : kPromptLists) EXPECT_EQ(prompts[list], 2) << to_string(list);
+  for (const PromptList list : kPromptLists) {
+    const int64_t wanted = list == PromptList::kAttacks ? 3 : list == PromptList::kFile ? 0 : 2;
+    EXPECT_EQ(prompts[list], wanted) << to_string(list);
+  }
   EXPECT_FALSE(result.identical);
   for (const PicturePair& pair : result.pairs) {
     const EvaluationPrompt& prompt = result.prompts[pair.prompt];
@@ -111,7 +115,8 @@ TEST_P(EvaluationTest, DrawsEveryListAndMeasuresEveryPair) {
     EXPECT_TRUE(std::isfinite(pair.likelihood_before) && std::isfinite(pair.likelihood_edited));
     EXPECT_TRUE(std::isnan(pair.score_after));
     EXPECT_GT(pair.noise_shift, 0.0);
-    EXPECT_EQ(std::isnan(pair.attention_before), prompt.list == PromptList::kUnrelated);
+    EXPECT_EQ(std::isnan(pair.attention_before),
+              prompt.list == PromptList::kUnrelated || prompt.list == PromptList::kAttacks);
     EXPECT_FALSE(pair.attention_before <= 0.0);
     if (prompt.list == PromptList::kTarget) {
       EXPECT_NE(prompt.text.find("owl"), std::string::npos);
@@ -140,10 +145,10 @@ TEST_P(EvaluationTest, APictureDependsOnItsPromptNumberAndSeedAlone) {
 TEST_P(EvaluationTest, ADetectorDecidesWhereItKnowsTheName) {
   FakeDetector detector;
   const Evaluation result = run(*edited(0.5), &detector);
-  EXPECT_EQ(detector.calls, 16);  // all but the captions
+  EXPECT_EQ(detector.calls, 22);  // all but the captions
   for (const PicturePair& pair : result.pairs) {
     const EvaluationPrompt& prompt = result.prompts[pair.prompt];
-    if (prompt.list == PromptList::kTarget || prompt.list == PromptList::kSynonyms) {
+    if (should_vanish(prompt.list)) {
       EXPECT_TRUE(pair.seen_before);
       EXPECT_FALSE(pair.seen_after);
     } else {
@@ -160,6 +165,189 @@ TEST_P(EvaluationTest, ADetectorDecidesWhereItKnowsTheName) {
   EXPECT_NE(json.dump().find("cannot see dogs"), std::string::npos);
 }
 
+// Returns scores that are none.
+class WrongDetector final : public Detector {
+ public:
+  std::string name() override { return "wrong"; }
+  std::string version() override { return "1"; }
+  at::Tensor score(const at::Tensor&, const std::vector<std::string>&) override {
+    return shape_is_wrong ? at::zeros({1}) : 3 * at::ones({2, 1});
+  }
+  bool shape_is_wrong = true;
+};
+
+TEST_P(EvaluationTest, ADetectorThatFailsIsReportedAndTheRunGoesOn) {
+  WrongDetector detector;
+  for (const char* expected : {"unexpected shape", "does not lie between 0 and 1"}) {
+    const Evaluation result = run(*edited(0.5), &detector);
+    for (const PicturePair& pair : result.pairs) {
+      const EvaluationPrompt& prompt = result.prompts[pair.prompt];
+      EXPECT_EQ(pair.detector_error.find(expected) != std::string::npos, !prompt.name.empty());
+      EXPECT_EQ(pair.seen_after, pair.likelihood_after > 0);
+    }
+    const EvaluationSummary summary = summarize(result);
+    EXPECT_EQ(summary.verdict.back(),
+              "The detector failed on 4 pairs of pictures; see the report.");
+    detector.shape_is_wrong = false;
+  }
+}
+
+// Means of the colours; one number too few when told so.
+class ColourEncoder final : public ImageEncoder {
+ public:
+  at::Tensor embed(const at::Tensor& images) override {
+    return flat ? images.mean({1, 2, 3}) : images.mean({1, 2});
+  }
+  bool flat = false;
+};
+
+// SDXL's: a pooled vector of the image encoder's width.
+class PooledTextEncoder final : public FakeTextEncoder {
+ public:
+  using FakeTextEncoder::FakeTextEncoder;
+  TextEmbedding embed(const std::vector<std::string>& prompts) override {
+    return {encode(prompts), at::ones({static_cast<int64_t>(prompts.size()), pooled_width})};
+  }
+  int64_t pooled_width = 3;
+};
+
+TEST_P(EvaluationTest, AnImageEncoderComparesWhatPicturesMean) {
+  ColourEncoder colours;
+  const auto run_with = [&](TextEncoder& encoder, Denoiser& erased) {
+    const EvaluationInputs inputs{*model_, erased, encoder, *vae_, nullptr, &colours};
+    return evaluate(inputs, set_, options_, progress_);
+  };
+  const auto model = edited(0.5);
+  const Evaluation images = run_with(*clip_, *model);
+  EXPECT_TRUE(images.compares_images && !images.compares_texts);
+  for (size_t i = 0; i < images.pairs.size(); ++i) {
+    const auto mean = [&](const at::Tensor& pictures) {
+      return pictures[static_cast<int64_t>(i)].to(at::kDouble).mean({0, 1});
+    };
+    const at::Tensor a = mean(images.before), b = mean(images.after);
+    EXPECT_NEAR(images.pairs[i].image_similarity,
+                ((a * b).sum() / (a.norm() * b.norm())).item<double>(), 1e-6);
+    EXPECT_TRUE(std::isnan(images.pairs[i].text_similarity_after));
+  }
+  const EvaluationSummary summary = summarize(images);
+  const auto says = [&](const EvaluationSummary& of, const char* part) {
+    return std::any_of(of.verdict.begin(), of.verdict.end(), [&](const std::string& line) {
+      return line.find(part) != std::string::npos;
+    });
+  };
+  EXPECT_TRUE(says(summary, "By CLIP") && says(summary, "were not trained together"));
+
+  PooledTextEncoder pooled(16, device());
+  const Evaluation both = run_with(pooled, *model);
+  EXPECT_TRUE(both.compares_texts);
+  EXPECT_FALSE(says(summarize(both), "were not trained together"));
+  const at::Tensor after = both.after[0].to(at::kDouble).mean({0, 1});
+  EXPECT_NEAR(both.pairs[0].text_similarity_after,
+              (after.sum() / (after.norm() * std::sqrt(3.0))).item<double>(), 1e-6);
+  const auto json = nlohmann::json::parse(to_json(both, summarize(both)));
+  EXPECT_EQ(json.at("protocol").at("clip_vision"), "images and texts");
+  EXPECT_TRUE(json.at("lists")[0].contains("text_similarity_change"));
+  pooled.pooled_width = 4;  // another family's
+  EXPECT_FALSE(run_with(pooled, *model).compares_texts);
+
+  colours.flat = true;
+  EXPECT_NE(message_of([&] { run_with(*clip_, *model); }).find("clip vision"), std::string::npos);
+}
+
+TEST_P(EvaluationTest, ThoroughAttacksAndListsWhatCameThrough) {
+  options_.level = EvaluationLevel::kThorough;
+  const auto model = edited(0.5);
+  Evaluation result = run(*model);
+  EXPECT_EQ(result.thorough_pairs, static_cast<int64_t>(result.pairs.size()));
+  EXPECT_LT(result.quick_pairs, result.thorough_pairs);
+  const size_t attacks =
+      static_cast<size_t>(std::count_if(result.prompts.begin(), result.prompts.end(),
+                                        [](const auto& p) { return p.attack.has_value(); }));
+  EXPECT_EQ(attacks, 6u + 2 + 2 + 1 + 8 + 2);
+  // One similar word and one embedding bring it back in both pictures, nothing else does.
+  size_t word = 0, embedding = 0;
+  for (size_t i = 0; i < result.prompts.size(); ++i) {
+    if (result.prompts[i].attack == Attack::kSimilarWord) word = i;
+    if (result.prompts[i].attack == Attack::kAdversarial) embedding = i;
+  }
+  for (PicturePair& pair : result.pairs) {
+    pair.seen_after = !should_vanish(result.prompts[pair.prompt].list) || pair.prompt == word ||
+                      pair.prompt == embedding;
+  }
+  const EvaluationSummary summary = summarize(result);
+  ASSERT_EQ(summary.failing.size(), 2u);
+  std::string sentence;
+  for (const std::string& line : summary.verdict) {
+    if (line.find("under attack") != std::string::npos) sentence = line;
+  }
+  EXPECT_EQ(sentence,
+            "'owl' under attack: gone in 38 of 42 pictures; it came back by adversarial embedding "
+            "(2 of 4), similar word (2 of 16).");
+  const ConceptSet harder = with_failing_prompts(result, summary);
+  EXPECT_EQ(harder.concepts[0].synonyms,
+            (std::vector<std::string>{"night bird", result.prompts[word].phrase}));
+  EXPECT_NO_THROW(validate(harder));
+  const auto json = nlohmann::json::parse(to_json(result, summary));
+  EXPECT_EQ(json.at("failing_prompts").size(), 2u);
+  EXPECT_EQ(json.at("counts").at("attacks"), (nlohmann::json{38, 42}));
+  EXPECT_EQ(json.at("attacks").size(), 6u);
+  EXPECT_EQ(json.at("cost").at("pairs"), result.pairs.size());
+  EXPECT_NE(to_html(json.dump(), {}).find("Prompts that still show"), std::string::npos);
+  EXPECT_EQ(draw_contact_sheet(result, summary).dim(), 4);
+}
+
+TEST_P(EvaluationTest, AttacksDoNotChangeWhatElseIsMeasured) {
+  const auto model = edited(0.5);
+  const Evaluation quick = run(*model);
+  options_.level = EvaluationLevel::kThorough;
+  const Evaluation thorough = run(*model);
+  const auto changes = [](const Evaluation& evaluation) {
+    std::vector<double> values;
+    for (const PicturePair& pair : evaluation.pairs) {
+      const PromptList list = evaluation.prompts[pair.prompt].list;
+      if (list != PromptList::kAttacks) values.push_back(pair.latent_change);
+    }
+    return values;
+  };
+  const std::vector<double> expected = changes(quick), found = changes(thorough);
+  ASSERT_EQ(found.size(), expected.size());
+  for (size_t i = 0; i < found.size(); ++i) EXPECT_NEAR(found[i], expected[i], 1e-4);
+}
+
+TEST_P(EvaluationTest, APromptFileIsDrawnAndJudgedByTheConcept) {
+  options_.file = {{"uncanny night scene", "", "", 1},
+                   {"something with wings", "Night Bird", "bird", 2},
+                   {"third", "owl", "", 3}};
+  options_.file_name = "set.csv";
+  options_.file_prompts = 2;
+  const Evaluation result = run(*edited(0.5));
+  std::vector<EvaluationPrompt> drawn;
+  for (const EvaluationPrompt& prompt : result.prompts) {
+    if (prompt.list == PromptList::kFile) drawn.push_back(prompt);
+  }
+  ASSERT_EQ(drawn.size(), 2u);
+  EXPECT_EQ(drawn[0].text, "uncanny night scene");
+  EXPECT_EQ(drawn[0].name, "owl");
+  EXPECT_NE(drawn[0].question.find("owl"), std::string::npos);
+  EXPECT_EQ(drawn[1].name, "bird");
+  const EvaluationSummary summary = summarize(result);
+  const auto json = nlohmann::json::parse(to_json(result, summary));
+  EXPECT_EQ(json.at("counts").at("prompt file").at(1), 4);
+  EXPECT_EQ(json.at("protocol").at("prompt_file").at("prompts"), 3);
+  EXPECT_EQ(json.at("protocol").at("prompt_file").at("used"), 2);
+  EXPECT_TRUE(std::any_of(summary.verdict.begin(), summary.verdict.end(),
+                          [](const auto& line) { return line.find("Of the prompt file, ") == 0; }));
+
+  options_.file[2].about = "cat";
+  EXPECT_NE(message_of([&] { run(*model_); }).find("line 3, is about 'cat'"), std::string::npos);
+  options_.file.pop_back();
+  set_.concepts.push_back(set_.concepts[0]);
+  set_.concepts[1].target = "moth";
+  set_.concepts[1].synonyms = {};
+  EXPECT_NE(message_of([&] { run(*model_); }).find("does not say which of the 2 concepts"),
+            std::string::npos);
+}
+
 TEST_P(EvaluationTest, PreflightDrawsNothing) {
   options_.level = EvaluationLevel::kPreflight;
   const Evaluation result = run(*edited(0.3));
@@ -169,6 +357,10 @@ TEST_P(EvaluationTest, PreflightDrawsNothing) {
   EXPECT_LE(summary.scores.neighbours, 1.0);
   EXPECT_TRUE(std::isnan(summary.scores.unrelated));
   EXPECT_NE(summary.verdict.at(0).find("'owl'"), std::string::npos);
+  EXPECT_NE(
+      summary.verdict.back().find("'quick' draws 26 pairs of pictures (156 steps), 'thorough'"),
+      std::string::npos)
+      << summary.verdict.back();
   const at::Tensor sheet = draw_contact_sheet(result, summary);
   EXPECT_EQ(sheet.dim(), 4);
   EXPECT_NE(summarize(run(*model_)).verdict.at(0).find("No key or value matrix differs"),

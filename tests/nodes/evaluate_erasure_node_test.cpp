@@ -61,12 +61,30 @@ TEST(EvaluateErasureSchema, OrderIsFrozen) {
   std::vector<std::string> ids, outputs;
   for (const InputSpec& input : schema.inputs) ids.push_back(input.id);
   for (const OutputSpec& output : schema.outputs) outputs.push_back(output.id);
-  EXPECT_EQ(
-      ids, (std::vector<std::string>{"base_model", "erased_model", "clip", "vae", "concepts",
-                                     "level", "prompts", "images", "steps", "cfg", "sampler",
-                                     "evaluation_seed", "width", "height", "neighbours", "batch"}));
-  EXPECT_EQ(outputs, (std::vector<std::string>{"sheet", "json", "erased", "synonyms", "neighbours",
-                                               "unrelated", "harmonic_mean", "report"}));
+  EXPECT_EQ(ids, (std::vector<std::string>{"base_model",
+                                           "erased_model",
+                                           "clip",
+                                           "vae",
+                                           "concepts",
+                                           "level",
+                                           "prompts",
+                                           "images",
+                                           "steps",
+                                           "cfg",
+                                           "sampler",
+                                           "evaluation_seed",
+                                           "width",
+                                           "height",
+                                           "neighbours",
+                                           "batch",
+                                           "detector",
+                                           "clip_vision",
+                                           "detector_threshold",
+                                           "prompt_file",
+                                           "file_prompts"}));
+  EXPECT_EQ(outputs,
+            (std::vector<std::string>{"sheet", "json", "erased", "synonyms", "neighbours",
+                                      "unrelated", "harmonic_mean", "report", "harder_concepts"}));
   EXPECT_TRUE(schema.output_node);
   EXPECT_NE(NodeRegistry::with_lacuna_nodes("output").find("LacunaEvaluateErasure"), nullptr);
 }

@@ -385,9 +385,34 @@ def test_an_evaluation_writes_one_page_of_html(evaluation, tmp_path, capsys):
     assert not list((tmp_path / "out").glob("*.part"))
 
 
+DEMO_DETECTOR = f"{REPOSITORY / 'tools' / 'demo_model' / 'evaluator.py'}:DemoDetector"
+
+
+@real
+def test_an_evaluation_with_a_detector_and_a_prompt_file(evaluation, tmp_path, capsys):
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("id,prompt\n1,a sleeping puppy\n2,woof\n", encoding="utf-8")
+    assert cli.main([*evaluation, "--detector", DEMO_DETECTOR, "--prompt-file", str(prompts)]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert report["protocol"]["detector"]["name"] == "Lacuna demo evaluator"
+    assert report["counts"]["prompt file"][1] == 2
+    erased = [pair for pair in report["pairs"] if pair["list"] == "erased"]
+    assert erased and all(0 <= pair["score_after"] <= 1 for pair in erased)
+    harder = json.loads((tmp_path / "out" / "harder_concepts.json").read_text("utf-8"))
+    assert harder["concepts"][0]["target"] == "dog"
+
+
 @pytest.mark.parametrize(
     ("setting", "sentence"),
-    [(["--concepts", "nowhere.txt"], "no file nowhere.txt"), (["--width", "100"], "multiples of")],
+    [
+        (["--concepts", "nowhere.txt"], "no file nowhere.txt"),
+        (["--width", "100"], "multiples of"),
+        (["--detector", "nowhere.py:Judge"], "no detector file nowhere.py"),
+        (["--detector", "judge"], "write FILE.py:name"),
+        (["--detector", "json:nothing"], "has nothing called nothing"),
+        (["--detector", "no_such_module:x"], "cannot be loaded"),
+        (["--prompt-file", "nowhere.csv"], "no prompt file"),
+    ],
 )
 @real
 def test_a_bad_evaluation_is_one_sentence(evaluation, tmp_path, capsys, setting, sentence):

@@ -27,7 +27,7 @@ import stage_decoder  # noqa: E402
 import train  # noqa: E402
 import training  # noqa: E402
 from corpus import FLAG, OBJECT, STYLES, Corpus, Record  # noqa: E402
-from evaluator import NOTHING, Evaluator, EvaluatorNetwork  # noqa: E402
+from evaluator import NOTHING, DemoDetector, Evaluator, EvaluatorNetwork  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -267,6 +267,21 @@ def test_evaluator_file(tmp_path: Path) -> None:
         assert torch.allclose(answers[head], judge.probabilities(images)[head], atol=1e-5)
     large = images.repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert torch.allclose(loaded.probabilities(large)["object"], answers["object"], atol=0.02)
+
+
+def test_the_evaluator_as_a_detector_says_what_it_names() -> None:
+    detector, judge = DemoDetector(), Evaluator.load()
+    images = torch.rand(64, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+    named = judge.named(images)
+    for head, asked in (("object", "dog"), ("object", "apple"), ("style", "Twemoji style")):
+        name = asked.lower().removesuffix(" style")
+        scores = detector.score(images, [asked, "no such thing", NOTHING])
+        assert scores.shape == (64, 3) and scores[:, 1:].isnan().all()
+        assert ((scores[:, 0] >= 0) & (scores[:, 0] <= 1)).all()
+        assert (scores[:, 0] >= 0.5).tolist() == [answer == name for answer in named[head]]
+    best = max(set(named["object"]) - {NOTHING}, key=named["object"].count)
+    assert (detector.score(images, [best]) >= 0.5).any()
+    assert len(detector.version) == 12
 
 
 # --------------------------------------------------------------------------- scoring

@@ -19,6 +19,8 @@ import torch
 from fake_host import FakeDenoiser, FakeImageDecoder, FakeProgress, FakeTextEncoder
 
 from python_shim import loader
+from python_shim.detector import SafeDetector
+from python_shim.errors import HostError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -151,6 +153,8 @@ sys.path[:0] = sys.argv[1:3]
 torch.ops.load_library(sys.argv[3])
 from test_native_module import refine
 from python_shim import loader
+from python_shim.detector import SafeDetector
+from python_shim.errors import HostError
 
 try:
     refine(loader.load().NodePack())
@@ -287,13 +291,97 @@ def evaluate(pack, erased: FakeDenoiser, **widgets: Any) -> list:
 def test_an_evaluation_reaches_python_as_picture_text_and_numbers(native, pack) -> None:
     edit = [(name, 0.5 * weight, None) for name, weight in FakeDenoiser().weights.items()]
     erased = FakeDenoiser().with_weight_deltas(edit, 1.0)
-    sheet, report, *scores, verdict = evaluate(pack, erased)
+    sheet, report, *scores, verdict, harder = evaluate(pack, erased)
     assert sheet.shape[0] == 1 and sheet.shape[3] == 3
     assert json.loads(report)["verdict"] == verdict.split("\n")
     assert len(scores) == 5 and all(0 <= score <= 1 for score in scores)
     assert "<h1>Evaluate Erasure</h1>" in native.evaluation_html(report, [b"png"])
     assert evaluate(pack, erased)[1] == report
-    assert "Nothing was erased" in evaluate(pack, FakeDenoiser())[-1]
+    assert json.loads(harder)["format"] == "lacuna.concepts/1"
+    assert "Nothing was erased" in evaluate(pack, FakeDenoiser())[-2]
+
+
+class Cancelled(BaseException):
+    pass
+
+
+def judged(pack, detector: object, **widgets: Any) -> dict:
+    return json.loads(evaluate(pack, FakeDenoiser(), detector=SafeDetector(detector), **widgets)[1])
+
+
+def test_a_python_detector_judges_the_pictures(pack) -> None:
+    asked = []
+
+    class Judge:
+        name = "judge"
+        version = 3
+
+        def score(self, images: torch.Tensor, names: list[str]) -> list[list[float | None]]:
+            asked.extend(names)
+            assert images.shape == (2, 8, 8, 3) and images.dtype == torch.float32
+            assert images.min() >= 0 and images.max() <= 1
+            return [[None if name == "dog" else 0.7 for name in names]] * len(images)
+
+    report = judged(pack, Judge())
+    assert report["protocol"]["detector"] == {"name": "judge", "version": "3", "threshold": 0.5}
+    erased, neighbour = (
+        next(pair for pair in report["pairs"] if pair["list"] == name)
+        for name in ("erased", "neighbours")
+    )
+    assert erased["score_after"] == pytest.approx(0.7) and erased["seen_after"]
+    assert neighbour["score_after"] is None and "dog" in asked
+    assert not judged(pack, Judge(), detector_threshold=0.8)["pairs"][0]["seen_after"]
+
+
+@pytest.mark.parametrize(
+    ("detector", "problem"),
+    [
+        (lambda images, names: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda images, names: [[0.5]], "scores of shape [1, 1], not [2, 1]"),
+        (lambda images, names: "yes", "TypeError"),
+        (lambda images, names: torch.full((2, 1), 7.0), "does not lie between 0 and 1"),
+    ],
+)
+def test_what_a_detector_does_wrong_is_reported_for_each_picture(pack, detector, problem) -> None:
+    report = judged(pack, detector)
+    errors = [pair.get("detector_error", "") for pair in report["pairs"] if pair["phrase"]]
+    assert errors and all(problem in error for error in errors)
+    assert report["lists"][0]["detector_errors"] == 1
+
+
+def test_cancelling_inside_a_detector_is_no_error_of_its(pack) -> None:
+    def cancel(images: torch.Tensor, names: list[str]) -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        judged(pack, cancel)
+    with pytest.raises(KeyError):  # the host says which exceptions are its own
+        evaluate(pack, FakeDenoiser(), detector=SafeDetector(lambda i, n: {}[0], (KeyError,)))
+
+
+@pytest.mark.parametrize("nothing", [7, dict, object()])
+def test_what_is_no_detector_is_refused(nothing: object) -> None:
+    with pytest.raises(HostError, match="needs a method score"):
+        SafeDetector(nothing)
+
+
+def test_a_prompt_file_is_read_from_the_input_folder(native, tmp_path: Path) -> None:
+    pack = native.NodePack("output", str(tmp_path))
+    file = tmp_path / "set.txt"
+    file.write_text("a feline\n# comment\nwhiskers\n", encoding="utf-8")
+    report = json.loads(evaluate(pack, FakeDenoiser(), prompt_file="set.txt")[1])
+    assert report["counts"]["prompt file"][1] == 2
+    state = pack.outside_state("LacunaEvaluateErasure", {"prompt_file": "set.txt"})
+    file.write_bytes(b"caf\xe9\n")
+    assert pack.outside_state("LacunaEvaluateErasure", {"prompt_file": "set.txt"}) != state
+    for name, problem in {
+        "set.txt": "line 1, is not in UTF-8",
+        "none.txt": "there is no prompt file",
+        "../x.txt": "leaves the input folder",
+        "set.doc": "a .txt or a .csv",
+    }.items():
+        with pytest.raises(native.LacunaError, match=problem):
+            pack.validate("LacunaEvaluateErasure", {"prompt_file": name})
 
 
 def test_every_source_names_its_licence() -> None:

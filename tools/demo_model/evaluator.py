@@ -5,11 +5,14 @@
     judge.probabilities(images)["object"]   # [n, names], images float [n, height, width, 3] in 0..1
     judge.names["object"]                   # the names of the columns
 
+    DemoDetector().score(images, ["dog"])           # [n, 1], for the detector of Evaluate Erasure
+
 It needs torch and safetensors only. Generator and evaluator were trained on the same artwork.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -99,3 +102,31 @@ class Evaluator:
             head: [self.names[head][int(column)] for column in values.argmax(-1)]
             for head, values in self.probabilities(images).items()
         }
+
+
+class DemoDetector:
+    """The evaluator as a detector of Evaluate Erasure (see python_shim/detector.py).
+
+    A score is the probability of the name against its strongest rival, p / (p + q): at least 0.5
+    exactly where the evaluator names it. "twemoji style" is asked for as "twemoji".
+    """
+
+    name = "Lacuna demo evaluator"
+
+    def __init__(self, path: Path = WEIGHTS) -> None:
+        self._judge = Evaluator.load(path)
+        self.version = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+    def score(self, images: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """Scores [n, names] of images [n, height, width, 3] in 0..1; NaN for unknown names."""
+        probabilities = self._judge.probabilities(images)
+        scores = torch.full((len(images), len(names)), float("nan"), dtype=torch.float64)
+        for column, name in enumerate(names):
+            plain = name.strip().lower().removesuffix(" style")
+            for head, known in self._judge.names.items():
+                if plain in known and plain != NOTHING:
+                    values = probabilities[head].double()
+                    own = values[:, known.index(plain)].clone()
+                    values[:, known.index(plain)] = -1
+                    scores[:, column] = own / (own + values.amax(-1))
+        return scores

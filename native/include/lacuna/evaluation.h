@@ -5,14 +5,18 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "lacuna/concept_set.h"
 #include "lacuna/confidence.h"
+#include "lacuna/detector.h"
 #include "lacuna/host.h"
+#include "lacuna/image_encoder.h"
 #include "lacuna/latent_sampler.h"
+#include "lacuna/prompt_file.h"
 #include "lacuna/residual_scan.h"
 
 namespace lacuna {
@@ -20,21 +24,10 @@ namespace lacuna {
 // What an edit erased and what survived it: pictures of the same seeds, drawn by the model before
 // and after the edit.
 
-// Says whether a picture shows what a name says; a classifier of the user's own.
-class Detector {
- public:
-  virtual ~Detector() = default;
-  virtual std::string name() = 0;
-  virtual std::string version() = 0;
-  // images: [n, H, W, 3] in 0..1. [n, names] in 0..1: how surely each picture shows each name; NaN
-  // for a name that it does not know. A throw of Error is reported for the pictures at hand, and
-  // the evaluation goes on.
-  virtual at::Tensor score(const at::Tensor& images, const std::vector<std::string>& names) = 0;
-};
-
 enum class EvaluationLevel {
   kPreflight,  // the scan of weights, no pictures
-  kQuick,      // pictures before and after, side by side
+  kQuick,      // pictures before and after, side by side, and a few attacks
+  kThorough,   // more of the attacks (attack.h)
 };
 
 std::string_view to_string(EvaluationLevel level);
@@ -44,18 +37,23 @@ EvaluationLevel evaluation_level_from_string(std::string_view text);
 enum class PromptList {
   kTarget,      // the phrase itself
   kSynonyms,    // its synonyms, plural, and a typing error
+  kAttacks,     // attempts to call it back
+  kFile,        // of the prompt file
   kPreserved,   // listed to be preserved
   kNeighbours,  // similar, and never listed
   kUnrelated,   // captions of the general prior
 };
-inline constexpr PromptList kPromptLists[] = {PromptList::kTarget, PromptList::kSynonyms,
-                                              PromptList::kPreserved, PromptList::kNeighbours,
-                                              PromptList::kUnrelated};
+inline constexpr PromptList kPromptLists[] = {
+    PromptList::kTarget,    PromptList::kSynonyms,   PromptList::kAttacks,  PromptList::kFile,
+    PromptList::kPreserved, PromptList::kNeighbours, PromptList::kUnrelated};
 
-// "erased", "synonyms", "preserved", "neighbours", "unrelated": the keys of reports.
+// "erased", "synonyms", "attacks", "prompt file", "preserved", "neighbours", "unrelated": the keys
+// of reports.
 std::string_view to_string(PromptList list);
 // Whether the concept should be gone from its pictures; else they should stay as they are.
 bool should_vanish(PromptList list);
+
+enum class Attack;  // attack.h
 
 struct EvaluationOptions {
   EvaluationLevel level = EvaluationLevel::kQuick;
@@ -70,6 +68,9 @@ struct EvaluationOptions {
   double detector_threshold = 0.5;      // from which score on a picture shows a name
   std::vector<std::string> neighbours;  // words to watch; empty: the nearest common words
   int64_t batch = 4;                    // pictures drawn together; changes rounding only
+  std::vector<FilePrompt> file;         // the prompt file; of a longer one, evenly spread prompts
+  std::string file_name;                // for the report
+  int64_t file_prompts = 200;           // at most so many of them
 };
 
 struct EvaluationPrompt {
@@ -78,7 +79,9 @@ struct EvaluationPrompt {
   std::string phrase;          // what stands in the prompt; empty for captions
   std::string name;            // what a detector is asked for; empty: nothing
   std::string text;
-  std::string alternative;  // the prompt that a leaking edit would draw instead: the anchor's
+  std::string alternative;    // the prompt that a leaking edit would draw instead: the anchor's
+  std::string question = {};  // what the picture is judged by; empty: the text itself
+  std::optional<Attack> attack = {};
 };
 
 inline constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
@@ -106,6 +109,10 @@ struct PicturePair {
   double noise_gap_before = kUnknown;  // ||eps(prompt) - eps(alternative)||, root mean square
   double noise_gap_after = kUnknown;
   double noise_shift = kUnknown;  // ||eps after - eps before|| for the prompt itself
+  // With an image encoder: cosines of embeddings.
+  double image_similarity = kUnknown;        // of both pictures: 1, the same
+  double text_similarity_before = kUnknown;  // of a picture and what it is judged by
+  double text_similarity_after = kUnknown;
 };
 
 struct Evaluation {
@@ -116,6 +123,9 @@ struct Evaluation {
   std::vector<PicturePair> pairs;  // prompt by prompt
   at::Tensor before;               // [pairs, H, W, 3] uint8 CPU
   at::Tensor after;
+  // What the other levels would draw: pairs of pictures.
+  int64_t quick_pairs = 0;
+  int64_t thorough_pairs = 0;
   bool identical = false;  // both models draw exactly the same
   bool broken = false;     // the edited model returned NaN or infinity
   // For the protocol.
@@ -125,6 +135,8 @@ struct Evaluation {
   std::string edited_fingerprint;  // of the edited keys and values
   std::string detector_name;
   std::string detector_version;
+  bool compares_images = false;  // an image encoder was there
+  bool compares_texts = false;   // and the text encoder was trained with it
 };
 
 // Everything an evaluation reads.
@@ -134,16 +146,17 @@ struct EvaluationInputs {
   TextEncoder& encoder;
   ImageDecoder& decoder;
   Detector* detector = nullptr;
+  ImageEncoder* image_encoder = nullptr;
 };
 
 // Throws Error for options out of range, models of different families, a text encoder or decoder of
-// another model. Nothing is drawn.
+// another model, a prompt file that is about something else. Nothing is drawn.
 void check(const EvaluationInputs& inputs, const ConceptSet& set, const EvaluationOptions& options);
 
-// neighbours: nearest words by concept, for want of given ones.
-std::vector<EvaluationPrompt> evaluation_prompts(const ConceptSet& set,
-                                                 const EvaluationOptions& options,
-                                                 const ResidualScan& scan);
+// scan: nearest words by concept, for want of given ones; searched: as of attack_prompts().
+std::vector<EvaluationPrompt> evaluation_prompts(
+    const ConceptSet& set, const EvaluationOptions& options, const ResidualScan& scan,
+    const std::vector<std::vector<std::string>>& searched = {});
 
 // Scans the weights, draws "before" first and "after" second, and measures. A picture depends on
 // its prompt, its number and the seed alone.

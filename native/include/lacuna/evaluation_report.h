@@ -26,7 +26,10 @@ struct ListSummary {
   double attention_ratio = kUnknown;  // attention mass after over before
   double noise_gap_ratio = kUnknown;  // noise-prediction gap after over before
   double implausibility = kUnknown;   // median
-  int64_t by_detector = 0;            // pictures that a detector judged
+  // With an image encoder: cosine of before and after; how much nearer to its text a picture came.
+  MeanEstimate image_similarity;
+  MeanEstimate text_change;
+  int64_t by_detector = 0;  // pictures that a detector judged
   int64_t detector_errors = 0;
 
   // What the list is there to count: pictures without the concept, or those that still show theirs.
@@ -44,13 +47,32 @@ struct Scores {
   double harmonic_mean = 0.0;  // of those that are known, preserved and neighbours as one
 };
 
+// One attack on one concept.
+struct AttackSummary {
+  Attack attack{};
+  int64_t concept_index = 0;
+  Count back;  // pictures after the edit that show the concept
+};
+
+// A prompt that should not show its concept, and does in some of its pictures after the edit.
+struct FailingPrompt {
+  size_t prompt = 0;
+  Count back;
+};
+
 struct EvaluationSummary {
   std::vector<ListSummary> lists;  // of each concept, then of the whole set
+  std::vector<AttackSummary> attacks;
+  std::vector<FailingPrompt> failing;  // most often first
   Scores scores;
   std::vector<std::string> verdict;  // sentences, most important first
 };
 
 EvaluationSummary summarize(const Evaluation& evaluation);
+
+// The concepts with what came through as further synonyms, to be erased with them: the phrases of
+// failing prompts, where they can be phrases of a Concept Set.
+ConceptSet with_failing_prompts(const Evaluation& evaluation, const EvaluationSummary& summary);
 
 // `lacuna.evaluation/1`: verdict, scores, counts, lists, preflight, every pair, and the protocol
 // that someone else needs to repeat it.

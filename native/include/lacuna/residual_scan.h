@@ -50,6 +50,7 @@ struct ConceptResidual {
   std::vector<std::string> positions;   // of the target's prompt: its tokens, end of text, padding
   std::vector<LayerResidual> layers;
   std::vector<WordContent> leaks;       // words that still carry most of the concept, worst first
+  std::vector<std::string> closest;     // common words that carry most of it after the edit
   std::vector<std::string> neighbours;  // nearest words that nobody listed, nearest first
 };
 
@@ -58,8 +59,16 @@ struct WordDrift {
   double drift = 0.0;  // sqrt(sum ||(W' - W) w||^2 / sum ||W w||^2)
 };
 
+// Sums over all key and value matrices, [d, d] float64 CPU; D = W' - W.
+struct WeightForms {
+  at::Tensor base;   // W^T W
+  at::Tensor cross;  // D^T W
+  at::Tensor edit;   // D^T D
+};
+
 struct ResidualScan {
   bool weights_differ = false;  // false: no key or value matrix was changed
+  WeightForms forms;
   std::vector<ConceptResidual> concepts;
   std::vector<WordDrift> preserved;   // listed
   std::vector<WordDrift> neighbours;  // never listed: the given ones, else the concepts' nearest

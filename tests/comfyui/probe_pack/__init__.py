@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import tempfile
 from typing import Any
 
+import comfy.clip_vision
 import comfy.model_management
 import comfy.model_patcher
 import folder_paths
@@ -111,7 +114,75 @@ class OtherModel:
         return (comfy.model_patcher.ModelPatcher(Flux(), device, device),)
 
 
+class Brightness:
+    """A detector that sees every name in bright pictures, and fails on what it is told to."""
+
+    name = "brightness"
+    version = "1"
+
+    def __init__(self, fails_on: str) -> None:
+        self._fails_on = fails_on
+
+    def score(self, images: torch.Tensor, names: list[str]) -> torch.Tensor:
+        if self._fails_on in names:
+            raise RuntimeError("failed on purpose")
+        return images.mean((1, 2, 3)).unsqueeze(1).repeat(1, len(names))
+
+
+class Detector:
+    """How another pack fills the detector socket: any node with an output of that type."""
+
+    CATEGORY = "tests"
+    FUNCTION = "make"
+    RETURN_TYPES = ("LACUNA_DETECTOR",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"fails_on": ("STRING", {"default": ""})}}
+
+    def make(self, fails_on: str) -> tuple[Any]:
+        return (Brightness(fails_on),)
+
+
+VISION_CONFIG = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
+    "num_hidden_layers": 2, "image_size": 32, "patch_size": 16, "num_channels": 3,
+    "projection_dim": 24, "hidden_act": "quick_gelu", "model_type": "clip_vision_model",
+}  # fmt: skip
+
+
+class ClipVision:
+    """A CLIP_VISION as a loader gives it, with random weights."""
+
+    CATEGORY = "tests"
+    FUNCTION = "make"
+    RETURN_TYPES = ("CLIP_VISION",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def make(self) -> tuple[Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            config = os.path.join(folder, "config.json")
+            with open(config, "w", encoding="utf-8") as file:
+                json.dump(VISION_CONFIG, file)
+            vision = comfy.clip_vision.ClipVisionModel(config)
+        generator = torch.Generator().manual_seed(1)
+        state = vision.get_sd()
+        vision.load_sd(
+            {
+                key: 0.2 * torch.randn(value.shape, generator=generator)
+                for key, value in state.items()
+                if value.is_floating_point()
+            }
+        )
+        return (vision,)
+
+
 NODE_CLASS_MAPPINGS = {
+    "LacunaTestClipVision": ClipVision,
+    "LacunaTestDetector": Detector,
     "LacunaTestWeights": Weights,
     "LacunaTestFail": Fail,
     "LacunaTestOutOfMemory": OutOfMemory,
