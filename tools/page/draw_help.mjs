@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Draws web/docs/<node id>.jpg, the smallest graph that each help page shows, from parts of the
-// workflows in workflows/api.
+// workflows in workflows/api; for Evaluate Erasure the sheet of a run that this server has made.
 //
 //   node draw_help.mjs http://127.0.0.1:8188
 import { readFile, writeFile } from "node:fs/promises";
@@ -37,7 +37,7 @@ for (const [name, [workflow, layout]] of Object.entries(GRAPHS)) {
   await page.waitForTimeout(1000); // the page fits its view by itself after loading
   await fitView(page);
   const clip = await page.evaluate(() => {
-    const boxes = window.app.graph.nodes.map((node) => node.boundingRect ?? node.getBounding());
+    const boxes = window.app.graph.nodes.map((node) => [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]);
     const { scale, offset } = window.app.canvas.ds;
     const margin = 12;
     const left = Math.min(...boxes.map((box) => box[0]));
@@ -51,7 +51,28 @@ for (const [name, [workflow, layout]] of Object.entries(GRAPHS)) {
       height: (bottom - top) * scale + 2 * margin,
     };
   });
-  const picture = await page.screenshot({ clip, type: "jpeg", quality: 80 });
+  const picture = await page.screenshot({ clip, type: "jpeg", quality: 70 });
   await writeFile(`${ROOT}web/docs/${name}.jpg`, picture);
 }
+const sheet = await page.evaluate(async () => {
+  const history = Object.values(await (await fetch("/history")).json());
+  for (const { prompt, outputs } of history.reverse()) {
+    for (const [id, { images }] of Object.entries(outputs)) {
+      if (!images || prompt[2][id].inputs.level !== "quick") continue;
+      const picture = new Image();
+      picture.src = `/view?${new URLSearchParams(images[0])}`;
+      await picture.decode();
+      const width = Math.min(picture.width, 900);
+      const height = (picture.height * width) / picture.width;
+      const canvas = Object.assign(document.createElement("canvas"), { width, height });
+      canvas.getContext("2d").drawImage(picture, 0, 0, width, height);
+      return canvas.toDataURL("image/jpeg", 0.8);
+    }
+  }
+  throw new Error("run full_pipeline_with_evaluation on this server first");
+});
+await writeFile(
+  `${ROOT}web/docs/LacunaEvaluateErasure.jpg`,
+  Buffer.from(sheet.split(",")[1], "base64"),
+);
 await browser.close();
