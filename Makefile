@@ -72,10 +72,9 @@ format: $(VENV)/.packages
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# The committed copy that nodes show themselves from while the binary is missing.
+# The committed copies of the nodes' texts: for while the binary is missing, and for translators.
 schemas: module
-	$(PY) -c "from python_shim import loader; \
-	  open('python_shim/node_schemas.json', 'w').write(loader.load().NodePack().schemas())"
+	$(PY) tools/write_schemas.py
 
 sanitize: $(VENV)/.packages
 	$(VENV)/bin/cmake -S . -B build-sanitize -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \

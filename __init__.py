@@ -4,10 +4,13 @@
 import importlib.util
 import logging
 
+# Help pages of the nodes, web/docs/<node id>.md; no JavaScript.
+WEB_DIRECTORY = "./web"
+
 # Test runners and packaging tools import this file, too, where there is no ComfyUI.
 if importlib.util.find_spec("comfy_api"):
     from .python_shim.comfyui_nodes import comfy_entrypoint
 
-    __all__ = ["comfy_entrypoint"]
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 else:
     logging.getLogger(__name__).info("No ComfyUI 0.3.64 or newer here: no nodes are loaded.")

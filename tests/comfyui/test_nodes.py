@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from comfy_server import REPOSITORY, Server
 
+# The promise to saved workflows. It only grows, at the ends of its lists:
+# LACUNA_UPDATE_SNAPSHOT=1 writes it anew, and its diff must show nothing but additions.
+SNAPSHOT = Path(__file__).with_name("object_info.json")
 SOCKET_OPTIONS = ("default", "min", "max", "step", "multiline", "tooltip", "display_name")
 
 
@@ -26,8 +32,6 @@ def _listed_inputs(info: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any],
 
 
 def test_the_schema_file_is_that_of_the_binary(shim: Any, schemas: list[dict]) -> None:
-    import json
-
     import lacuna_shim.loader
 
     assert json.loads(lacuna_shim.loader.load().NodePack().schemas()) == schemas
@@ -55,6 +59,34 @@ def test_nodes_are_listed_as_declared(server: Server, schemas: list[dict]) -> No
             assert options.get("options") == item.get("options")
             if "advanced" in options:  # newer hosts fold these widgets away
                 assert options["advanced"] == item["advanced"]
+
+
+def _promise(info: dict[str, Any]) -> dict[str, list[str]]:
+    """What a saved workflow relies on: it holds widgets by position, sockets by name."""
+    promise: dict[str, list[str]] = {"widgets": [], "sockets": [], "outputs": []}
+    for name, (kind, options, optional) in _listed_inputs(info).items():
+        kept = {k: options[k] for k in ("default", "min", "max", "step", "options") if k in options}
+        entry = f"{name}: {kind}{' (optional)' if optional else ''}"
+        if kept:
+            promise["widgets"].append(f"{entry} {json.dumps(kept)}")
+        else:
+            promise["sockets"].append(entry)
+    for name, kind in zip(info["output_name"], info["output"], strict=True):
+        promise["outputs"].append(f"{name}: {kind}")
+    return promise
+
+
+def test_the_promise_to_saved_workflows_is_kept(server: Server) -> None:
+    listed = server.get("/object_info")
+    now = {node: _promise(info) for node, info in listed.items() if info["category"] == "lacuna"}
+    if os.environ.get("LACUNA_UPDATE_SNAPSHOT"):
+        SNAPSHOT.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    promised = json.loads(SNAPSHOT.read_text("utf-8"))
+    for node, expected in promised.items():
+        for part, entries in expected.items():
+            kept = now[node][part][: len(entries)]
+            assert kept == entries, f"{node}: saved workflows would break"
+    assert now == promised, "something new: run once with LACUNA_UPDATE_SNAPSHOT=1 and commit"
 
 
 def test_search_words_reach_hosts_that_know_them(server: Server, schemas: list[dict]) -> None:

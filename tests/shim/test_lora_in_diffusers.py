@@ -63,3 +63,18 @@ def test_it_loads_completely_and_gives_the_patched_weights(
         for name in model.weight_names()
     )
     assert untouched == len(model.weight_names()) - 8
+
+
+def test_any_kohya_loader_gets_the_patched_weights(demo: Any, edit: list) -> None:
+    """What A1111 and Forge do with the tensors: up @ down * alpha / rank, nothing left over."""
+    model, (erased, _, lora, _) = demo[0], edit
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    names = {name: lora_name for name, lora_name, _ in model.cross_attention()}
+    assert set(lora) == {f"{name}.{part}" for name in names.values() for part in parts}
+    for name, lora_name in names.items():
+        down, up, alpha = (lora[f"{lora_name}.{part}"] for part in parts)
+        assert down.dtype == up.dtype == torch.float16
+        assert down.shape[0] == up.shape[1] == alpha.item()  # hence strength 1 is the edit
+        change = up.float() @ down.float() * (alpha.item() / down.shape[0])
+        wanted = erased.effective_weight(name) - model.effective_weight(name)
+        assert (change - wanted).norm() < 4 * FP16_ROUNDING * wanted.norm()

@@ -43,11 +43,12 @@ export async function dropWorkflow(page, path) {
   await fitView(page);
 }
 
-// The whole graph between the page's bars.
+// The whole graph between the page's bars. Positions, not the nodes' own rectangles: those are as
+// old as the last frame. 30: the title bar above a node.
 export async function fitView(page) {
   await page.evaluate(() => {
     const margin = { left: 70, top: 120, right: 170, bottom: 90 };
-    const boxes = window.app.graph.nodes.map((node) => node.boundingRect ?? node.getBounding());
+    const boxes = window.app.graph.nodes.map((node) => [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]);
     const left = Math.min(...boxes.map((box) => box[0]));
     const top = Math.min(...boxes.map((box) => box[1]));
     const wide = Math.max(...boxes.map((box) => box[0] + box[2])) - left;
@@ -69,7 +70,7 @@ export async function fitView(page) {
 export function overlaps(page) {
   return page.evaluate(() => {
     const nodes = window.app.graph.nodes.map((node) => {
-      const [x, y, w, h] = node.boundingRect ?? node.getBounding();
+      const [x, y, w, h] = [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30];
       return { title: node.title, x, y, w, h };
     });
     const pairs = [];
