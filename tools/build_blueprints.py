@@ -60,7 +60,7 @@ BLUEPRINTS = (
             "LacunaLoRAFuse",
             "LacunaEvaluateErasure",
         ),
-        widgets={"LacunaAttentionRefine": {"method": "mace"}},
+        widgets={},
         inputs={
             "model": ("LacunaAttentionRefine", "model"),
             "clip": ("LacunaAttentionRefine", "clip"),
