@@ -6,6 +6,8 @@ VENV ?= .venv
 # The torch to build against. On a machine that should use another one: make test TORCH=torch==2.9.1
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc)
+# Test processes; each may start a ComfyUI of its own (3 GB).
+WORKERS ?= 2
 COMFYUI_DIR ?= $(HOME)/ComfyUI
 export COMFYUI_DIR
 
@@ -25,7 +27,7 @@ test-native: build
 	$(TEST_ENV) build/tests/nodes/lacuna_nodes_tests --gtest_brief=1
 
 test-python: build $(VENV)/.host-packages
-	$(TEST_ENV) $(PY) -m pytest tests
+	$(TEST_ENV) $(PY) -m pytest tests -n $(WORKERS) --dist loadfile
 
 configure: $(VENV)/.packages
 	@mkdir -p build

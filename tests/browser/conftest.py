@@ -21,6 +21,7 @@ from host_fixtures import (
     add_log,
     checkout,
     checkpoint_file,
+    made_once,
     report_header,
     share_text_cache,
 )
@@ -45,8 +46,9 @@ def chromium() -> str:
     path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if path is None or shutil.which("npm") is None:
         pytest.skip("needs chromium (or CHROMIUM=...) and npm")
-    if not (PAGE_TOOLS / "node_modules").is_dir():
-        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=PAGE_TOOLS, check=True)
+    with made_once():
+        if not (PAGE_TOOLS / "node_modules").is_dir():
+            subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=PAGE_TOOLS, check=True)
     return path
 
 
@@ -56,10 +58,11 @@ def front_end(checkout: Checkout) -> Path:
     requirements = (checkout.folder / "requirements.txt").read_text("utf-8")
     wanted = re.search(r"comfyui-frontend-package==([\d.]+)", requirements)[1]
     target = REPOSITORY / "build" / "front_end" / wanted
-    if not target.is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        package = f"comfyui-frontend-package=={wanted}"
-        subprocess.run([*pip, "--target", target, package], check=True)
+    with made_once():
+        if not target.is_dir():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            package = f"comfyui-frontend-package=={wanted}"
+            subprocess.run([*pip, "--target", target, package], check=True)
     return target / "comfyui_frontend_package" / "static"
 
 

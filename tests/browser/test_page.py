@@ -76,14 +76,16 @@ def test_a_mistake_is_told_on_the_page(
 def test_the_sheet_and_the_report_are_seen(
     chromium: str, page_server: Server, tmp_path: Path, renderer: str
 ) -> None:
+    if renderer == "vue" and page_server.checkout.version.startswith("0.3."):
+        pytest.skip("this ComfyUI has no Nodes 2.0")
     schemas = json.loads((REPOSITORY / "python_shim" / "node_schemas.json").read_text("utf-8"))
     build = Builder(schemas)
     text = {"text": {"class_type": "PreviewAny", "inputs": {"source": ["evaluate", 1]}}}
-    graph = build.edit() | build.evaluate(["refine", 0], prompts=2, steps=8) | text
+    graph = build.edit() | build.evaluate(["refine", 0], steps=4) | text
     file = tmp_path / "evaluate.json"
     file.write_text(json.dumps(graph), "utf-8")
     picture = SCREENSHOTS / f"{page_server.checkout.name}_evaluate_{renderer}.png"
-    seen = _node(chromium, "evaluate.mjs", page_server.url("/"), file, picture, renderer)
+    seen = run_script(chromium, "evaluate.mjs", page_server.url("/"), file, picture, renderer)
     assert seen["status"] == "success" and seen["failures"] == []
     pages = seen["elements"] if renderer == "vue" else seen["painted"]
     assert pages and all(width == 1180 and height > 500 for width, height in pages)

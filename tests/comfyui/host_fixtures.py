@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 from comfy_server import REPOSITORY, Checkout, NoCheckout, Server, find_checkouts
+from filelock import FileLock
 
 CHECKPOINT_NAME = "lacuna_demo.safetensors"
 TEST_DATA = REPOSITORY / "build" / "test_data"
+
+
+def made_once() -> FileLock:
+    """Held while something is made that all test processes share."""
+    TEST_DATA.mkdir(parents=True, exist_ok=True)
+    return FileLock(TEST_DATA / "made_once.lock")
+
 
 try:
     CHECKOUTS, PROBLEM = find_checkouts(), ""
@@ -42,9 +50,9 @@ def checkpoint_file() -> Path:
     script = REPOSITORY / "tools" / "demo_model" / "expand.py"
     sources = [script, *(REPOSITORY / "assets" / "demo_model").iterdir()]
     newest = max(source.stat().st_mtime for source in sources)
-    if not file.is_file() or file.stat().st_mtime < newest:
-        TEST_DATA.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, script, "--out", TEST_DATA], check=True)
+    with made_once():
+        if not file.is_file() or file.stat().st_mtime < newest:
+            subprocess.run([sys.executable, script, "--out", TEST_DATA], check=True)
     return file
 
 

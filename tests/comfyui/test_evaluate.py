@@ -41,7 +41,8 @@ def test_the_sheet_the_report_and_the_verdict(server: Server, build: Builder) ->
 
 def test_a_do_nothing_edit_is_called_what_it_is(server: Server, build: Builder) -> None:
     for erased in (["ckpt", 0], ["refine", 0]):
-        graph = build.edit(strength=0.0) | build.evaluate(erased)
+        graph = build.edit(strength=0.0) | build.concepts(concepts="owl -> tree")
+        graph |= build.evaluate(erased)
         text = server.run(graph).outputs["evaluate"]["text"][0]
         assert "Nothing was erased: both models draw exactly the same pictures." in text
 
@@ -61,7 +62,8 @@ def test_a_detector_of_another_pack_judges(server: Server, build: Builder) -> No
 
 def test_a_clip_vision_model_compares_pictures(server: Server, build: Builder) -> None:
     vision = {"vision": {"class_type": "LacunaTestClipVision", "inputs": {}}}
-    graph = build.edit() | vision | build.evaluate(["refine", 0], clip_vision=["vision", 0])
+    graph = build.edit() | build.concepts(concepts="owl -> tree") | vision
+    graph |= build.evaluate(["refine", 0], clip_vision=["vision", 0])
     run = server.run(graph | _text(["evaluate", 1]))
     report = json.loads(run.outputs["text"]["text"][0])
     assert report["protocol"]["clip_vision"] == "images"

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate Erasure against what is known of the demo model: edits of every quality are called what
-they are, and its counts agree with those of tools/demo_model/score.py."""
+they are, and its counts agree with those of tools/demo_model/score.py.
+
+The agreement takes ten minutes of a core and is only checked with LACUNA_SLOW=1.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from python_shim import loader  # noqa: E402
 from python_shim.detector import SafeDetector  # noqa: E402
 
 TARGETS = ("dog", "car", "airplane", "hamburger")
+SLOW = bool(os.environ.get("LACUNA_SLOW"))
 KEPT = ("preserved", "neighbours")
 
 
@@ -35,15 +40,15 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def task() -> dict[str, Any]:
     """The protocol's objects, four of them."""
     task = score.read_protocol()["tasks"]["objects"]
-    task["targets"] = {name: task["targets"][name] for name in TARGETS}
+    targets = TARGETS if SLOW else TARGETS[:1]
+    task["targets"] = {name: task["targets"][name] for name in targets}
     synonyms = {word: name for name, words in task["targets"].items() for word in words}
-    task["lists"]["erased"] = {"head": "object", "names": {n: n for n in TARGETS}, "images": 6}
+    task["lists"]["erased"] = {"head": "object", "names": {n: n for n in targets}, "images": 6}
     task["lists"]["synonyms"] = {"head": "object", "names": synonyms, "images": 6}
     for part in KEPT:
         names = list(task["lists"][part]["names"])[:6]
         task["lists"][part] |= {"names": {name: name for name in names}, "images": 4}
     task["preserve"] = list(task["lists"]["preserved"]["names"])
-    task["general_prior"] = "none"  # a minute of text encoding
     return task
 
 
@@ -77,6 +82,7 @@ def evaluate(demo, pack, task):
     return evaluate
 
 
+@pytest.mark.skipif(not SLOW, reason="takes ten minutes: set LACUNA_SLOW=1")
 @pytest.mark.parametrize("method", ["none", "uce"])
 def test_counts_agree_with_the_scoring_protocol(demo, edit, evaluate, task, method: str) -> None:
     _, clip, vae = demo
@@ -109,7 +115,7 @@ def test_noise_instead_of_weights_is_called_damage(demo, evaluate) -> None:
         weight = model.effective_weight(name)
         random = weight.std() * torch.randn(weight.shape, generator=generator)
         noise.append((name, random - weight, None))
-    report = evaluate(model.with_weight_deltas(noise, 1.0), prompts=2, images=2)
+    report = evaluate(model.with_weight_deltas(noise, 1.0), prompts=1, images=1)
     assert report["verdict"][0].startswith("The edit damages the model")
     kept, count = report["counts"]["preserved"]
     assert kept < 0.5 * count
@@ -120,5 +126,5 @@ def test_an_edit_of_something_else_is_not_called_an_erasure(demo, evaluate) -> N
     nudge = [
         (name, 1e-4 * model.effective_weight(name), None) for name, _, _ in model.cross_attention()
     ]
-    report = evaluate(model.with_weight_deltas(nudge, 1.0), prompts=1, images=2)
+    report = evaluate(model.with_weight_deltas(nudge, 1.0), prompts=1, images=1)
     assert report["verdict"][0].startswith("Nothing was erased: the pictures of the concept hardly")
