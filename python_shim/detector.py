@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detector socket: a classifier of the user's own, in the form the native module expects.
+"""Detectors: a classifier of the user's own, in the form the native module expects.
 
 A detector is an object with a method `score`, or a callable with the same signature:
 
