@@ -5,19 +5,16 @@
 // in float32. Memory is counted above the model, the bundle included. Prints one JSON object.
 // Usage: lacuna_bench_fusion [concepts ...]; peak memory is meaningful for the first count only.
 #include <ATen/ATen.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstdio>
 #include <fstream>
-#include <functional>
-#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "bench_model.h"
 #include "lacuna/attention_projection.h"
-#include "lacuna/error.h"
 #include "lacuna/fusion.h"
 #include "lacuna/lora_export.h"
 #include "lacuna/low_rank.h"
@@ -26,32 +23,12 @@ namespace {
 
 using nlohmann::json;
 using namespace lacuna;
+using namespace lacuna::bench;
 
 constexpr int64_t kWidth = 768;
 constexpr int64_t kPrompts = 12;  // enough rows for a Gram matrix of full rank
 constexpr int64_t kPositions = 77;
 constexpr int64_t kLoraRank = 128;
-
-double cpu_seconds() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  const auto seconds = [](const timeval& t) {
-    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
-  };
-  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
-}
-
-double timed(const std::function<void()>& work) {
-  const double begin = cpu_seconds();
-  work();
-  return cpu_seconds() - begin;
-}
-
-double peak_mb() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) / 1024.0;
-}
 
 double resident_mb() {
   int64_t total = 0;
@@ -59,45 +36,6 @@ double resident_mb() {
   std::ifstream("/proc/self/statm") >> total >> resident;
   return static_cast<double>(resident) * static_cast<double>(sysconf(_SC_PAGESIZE)) / (1 << 20);
 }
-
-class BenchModel : public Denoiser {
- public:
-  BenchModel() {
-    const std::map<int64_t, int64_t> matrices{{320, 10}, {640, 10}, {1280, 12}};
-    for (const auto& [rows, count] : matrices) {
-      for (int64_t i = 0; i < count; ++i) {
-        const std::string name = std::to_string(rows) + "." + std::to_string(i);
-        projections_.push_back({name, name, i % 2 ? ProjectionRole::kValue : ProjectionRole::kKey});
-        weights_[name] = at::randn({rows, kWidth}).mul_(0.03);
-      }
-    }
-  }
-  std::string family() override { return "benchmark"; }
-  std::string fingerprint() override { return ""; }
-  bool patchable() override { return true; }
-  std::vector<AttentionProjection> cross_attention() override { return projections_; }
-  at::Tensor effective_weight(const std::string& name) override { return weights_.at(name); }
-  std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>&, double) override {
-    throw unused();
-  }
-  std::shared_ptr<Denoiser> with_context_map(const at::Tensor&, const at::Tensor&,
-                                             double) override {
-    throw unused();
-  }
-  at::Tensor noise_levels() override { throw unused(); }
-  std::vector<int64_t> latent_shape(int64_t, int64_t) override { throw unused(); }
-  at::Tensor to_host_latent(const at::Tensor&) override { throw unused(); }
-  at::Tensor from_host_latent(const at::Tensor&) override { throw unused(); }
-  at::Tensor denoise(const DenoiseRequest&, AttentionTap*) override { throw unused(); }
-  at::Tensor sample(const SamplingRequest&, const std::function<void(int64_t, int64_t)>&) override {
-    throw unused();
-  }
-
- private:
-  static Error unused() { return Error("not part of this benchmark"); }
-  std::vector<AttentionProjection> projections_;
-  std::map<std::string, at::Tensor> weights_;
-};
 
 class Embeddings {
  public:
@@ -136,7 +74,7 @@ std::shared_ptr<const ConceptLora> draw(int64_t index, BenchModel& model,
 
 json run(int64_t concepts) {
   at::manual_seed(1);
-  BenchModel model;
+  BenchModel model(shape_of("sd1"));
   const Embeddings embeddings;
   SilentProgress progress;
   const FusionOptions options;
