@@ -245,7 +245,9 @@ TEST_P(AttentionTapTest, N27_BatchOfFourConceptsEqualsFourRunsInDouble) {
 
 TEST_P(AttentionTapTest, N27_BatchOfFourConceptsEqualsFourRunsInFloat) {
   use(at::kFloat);
-  batch_equals_single_runs(1e-5);
+  // Saturated attention magnifies float32 rounding: up to 4e-4 in 2000 random runs. A sample that
+  // saw another's weights would be off by about 1.
+  batch_equals_single_runs(1e-2);
 }
 
 TEST_P(AttentionTapTest, CapturesTheMaskedQueriesOfEveryLayer) {
