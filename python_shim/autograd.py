@@ -22,6 +22,11 @@ def usable_for_autograd(tensor: torch.Tensor) -> torch.Tensor:
     return alias.set_(storage, offset, detached.size(), detached.stride())
 
 
+def keep_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """For what enters a forward pass: as it is when its gradient is wanted."""
+    return tensor if tensor.requires_grad else leave_inference_mode(tensor)
+
+
 def leave_inference_mode(tensor: torch.Tensor) -> torch.Tensor:
     """For results of a host service that ran under inference mode, for a caller that does not."""
     if torch.is_inference_mode_enabled():

@@ -36,6 +36,7 @@ from server import PromptServer
 from .autograd import (
     call_with_weights,
     gradients_wanted,
+    keep_gradient,
     leave_inference_mode,
     usable_for_autograd,
 )
@@ -351,7 +352,7 @@ class ComfyDenoiser:
         self._load(runner, whole=train)
         model, device = runner.model, runner.load_device
         latent, noise_level, text = (
-            leave_inference_mode(tensor.to(device)) for tensor in (noisy, sigma, context)
+            keep_gradient(tensor.to(device)) for tensor in (noisy, sigma, context)
         )
         options = self._transformer_options(runner, noise_level, train)
         if tap is not None:
@@ -488,7 +489,7 @@ def _conditions(
         for name, condition in told.items()
     }
     return {
-        name: leave_inference_mode(value) if isinstance(value, torch.Tensor) else value
+        name: keep_gradient(value) if isinstance(value, torch.Tensor) else value
         for name, value in processed.items()
     }
 
@@ -526,18 +527,20 @@ def _context_patch(
         if delta is None:
             return embedding
         wide = embedding.float()
-        return (wide + wide @ delta.T).to(embedding.dtype)
+        return (wide + wide @ leave_inference_mode(delta).T).to(embedding.dtype)
 
     def patch(
         n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, _options: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        known = last.get(context.device)
+        trained = context.requires_grad  # what is kept would hold on to the pass's graph
+        known = None if trained else last.get(context.device)
         if known is None or known[0] is not context or known[1] is not value:
             key_map, value_map = on_device.setdefault(
                 context.device, [None if d is None else d.to(context.device) for d in deltas]
             )
             known = (context, value, mapped(context, key_map), mapped(value, value_map))
-            last[context.device] = known
+            if not trained:
+                last[context.device] = known
         return n, known[2], known[3]
 
     return patch

@@ -15,7 +15,13 @@ from pathlib import Path
 import torch
 
 from . import clip_bpe, lora_file, sampling, sd1_checkpoint
-from .autograd import call_with_weights, gradients_wanted, usable_for_autograd
+from .autograd import (
+    call_with_weights,
+    gradients_wanted,
+    keep_gradient,
+    leave_inference_mode,
+    usable_for_autograd,
+)
 from .errors import HostError
 from .fingerprint import fingerprint
 from .lora_file import Delta
@@ -80,7 +86,7 @@ class _ContextMap:
         if context is not self._source or self._mapped is None:
             mapped = context
             for delta, strength in self._maps:
-                mapped = mapped + strength * (mapped @ delta.to(mapped).T)
+                mapped = mapped + strength * (mapped @ leave_inference_mode(delta).to(mapped).T)
             self._source, self._mapped = context, mapped
         return (self._mapped, *inputs[1:])
 
@@ -308,7 +314,7 @@ class DiffusersDenoiser:
                     for name, parameter in unet.named_parameters()
                     if name in weights or parameter.is_inference() or parameter.requires_grad
                 }
-                noisy, sigma, context = map(usable_for_autograd, (noisy, sigma, context))
+                noisy, sigma, context = map(keep_gradient, (noisy, sigma, context))
             noisy, context = noisy.to(device), context.to(device)
             time = sampling.NoiseSchedule().timestep(sigma.reshape(-1, 1)).to(device)
             level = sigma.to(device).reshape(-1, 1, 1, 1)

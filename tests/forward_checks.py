@@ -136,6 +136,26 @@ def tapped_gradients(
     return {layer: tensor.grad for layer, tensor in added.items()}
 
 
+def check_context_gradient(denoiser: Any, asked: list[Any], module: torch.nn.Module) -> None:
+    """The gradient of a text context agrees with a central difference along it."""
+    noisy, sigma, context, pooled = asked
+    weighting = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(4))
+
+    def weighed(text: Tensor) -> Tensor:
+        clean = denoiser.denoise(noisy, sigma, text, pooled, None, False)
+        return (clean.double() * weighting.to(clean.device)).sum()
+
+    text = context.clone().requires_grad_()
+    with unharmed(module):
+        weighed(text).backward()
+    length = text.grad.norm()
+    assert float(length) > 0
+    step = 1e-3 * context.norm() * text.grad / length
+    with torch.no_grad():
+        slope = (weighed(context + step) - weighed(context - step)) / (2 * step.norm())
+    assert float(slope) == pytest.approx(float(length), rel=0.02)
+
+
 def start_of(denoiser: Any, layer: str) -> Tensor:
     """The same numbers for the host's pass and for the reference."""
     inner = denoiser.effective_weight(f"{layer}.to_k.weight").shape[0]

@@ -2,14 +2,25 @@
 #include "lacuna/attack.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/eye.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randn.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <random>
 
+#include "lacuna/adam_w.h"
+#include "lacuna/error.h"
 #include "lacuna/general_prior.h"
+#include "lacuna/latent_sampler.h"
 #include "lacuna/prompt_templates.h"
 #include "lacuna/random_stream.h"
 #include "lacuna/residual_scan.h"
@@ -29,6 +40,12 @@ constexpr size_t kPopulation = 16;
 constexpr size_t kParents = 4;
 constexpr int kGenerations = 16;
 constexpr size_t kPromptsPerCall = 4;
+// Of a learned embedding: a step moves a number by this share of the embedding's size, at
+// timesteps between these shares of the training timesteps.
+constexpr double kLearningRate = 0.05;
+constexpr double kEarliest = 0.1, kLatest = 0.9;
+// Keeps the gradients of float16 models above what float16 can hold.
+constexpr double kLossScale = 1024.0;
 
 // Of the longest word: its begin and length.
 std::pair<size_t, size_t> longest_word(const std::string& phrase) {
@@ -92,6 +109,8 @@ int64_t count_of(Attack attack, const EvaluationOptions& options) {
       return thorough ? std::min<int64_t>(4 * options.prompts, 20) : 1;
     case Attack::kSearched:
       return thorough ? options.prompts : 0;
+    case Attack::kLearned:
+      return thorough ? (options.prompts + 1) / 2 : 0;
   }
   return 0;
 }
@@ -111,9 +130,11 @@ std::string_view to_string(Attack attack) {
     case Attack::kSimilarWord:
       return "similar word";
     case Attack::kSearched:
+      return "searched words";
+    case Attack::kLearned:
       break;
   }
-  return "searched words";
+  return "learned embedding";
 }
 
 std::vector<std::string> paraphrases(const std::string& phrase) {
@@ -259,6 +280,7 @@ std::vector<EvaluationPrompt> attack_prompts(
             if (at < others.size()) add(attack, k, others[at], "", "");
             break;
           case Attack::kAdversarial:
+          case Attack::kLearned:
             if (scan.weights_differ) add(attack, k, item.target, "", "");
             break;
           case Attack::kEmphasis:
@@ -305,6 +327,42 @@ at::Tensor adversarial_map(const WeightForms& forms) {
   const double ridge = kRidge * forms.base.diagonal().mean().item<double>();
   const at::Tensor moved = forms.cross.t() + forms.edit;  // sum W'^T D
   return identity - SpdSolver(edited + ridge * identity, kNoiseFloor).solve(moved);
+}
+
+at::Tensor learned_context(Denoiser& edited, const TextEmbedding& text, const at::Tensor& tokens,
+                           const at::Tensor& latents, at::Generator random,
+                           const std::function<void(int64_t step)>& before_step) {
+  const c10::InferenceMode no_inference_mode{false};  // training needs a graph
+  const at::AutoGradMode with_grad(true);
+  // Copies: what was made in inference mode cannot be part of a graph.
+  const at::Tensor context = text.context.detach().to(at::kCPU, at::kFloat, false, true);
+  const at::Tensor pictures = latents.detach().to(at::kCPU, at::kFloat, false, true);
+  const at::Tensor places = tokens.to(at::kCPU, at::kFloat, false, true).reshape({1, -1, 1});
+  const at::Tensor levels = edited.noise_levels();
+  const auto last = static_cast<double>(levels.size(0) - 1);
+  const double size = context.square().mean().sqrt().item<double>();
+  AdamW optimizer({at::zeros_like(context).requires_grad_()}, kLearningRate * size);
+  const at::Tensor& learned = optimizer.parameters().front();
+  for (int64_t step = 0; step < kLearningSteps; ++step) {
+    before_step(step);
+    const at::Tensor clean = pictures.narrow(0, step % pictures.size(0), 1);
+    const double at = at::rand({1}, random, at::TensorOptions(at::kDouble)).item<double>();
+    const double sigma = sigma_at(levels, (kEarliest + (kLatest - kEarliest) * at) * last);
+    const at::Tensor noise = at::randn(clean.sizes(), random, at::TensorOptions(at::kFloat));
+    DenoiseRequest pass;
+    pass.noisy = clean + sigma * noise;
+    pass.sigma = at::full({1}, sigma, at::kFloat);
+    pass.text = {context + places * learned, text.pooled};
+    const at::Tensor seen = edited.denoise(pass, nullptr).to(at::kCPU, at::kFloat);
+    const at::Tensor loss = ((pass.noisy - seen) / sigma - noise).square().mean();
+    if (!std::isfinite(loss.item<double>())) {
+      throw Error(
+          "the edited model returns numbers that are not finite, so that no embedding can be "
+          "trained through it; use the level quick");
+    }
+    optimizer.step({torch::autograd::grad({loss * kLossScale}, {learned}).front() / kLossScale});
+  }
+  return (context + places * learned).detach().squeeze(0);
 }
 
 at::Tensor attacked_context(Attack attack, const at::Tensor& context, const at::Tensor& tokens,

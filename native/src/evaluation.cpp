@@ -35,6 +35,7 @@ namespace {
 constexpr double kLooks[] = {0.15, 0.3, 0.45, 0.6, 0.75, 0.9};
 constexpr auto kLookCount = static_cast<int64_t>(std::size(kLooks));
 constexpr int64_t kMostPairs = 4096;
+constexpr int64_t kBackwardWork = 3;  // a forward and a backward pass, in forward passes
 
 // Units of work, for the progress bar and the time left.
 class Work {
@@ -141,6 +142,7 @@ class Studio {
     // Each model is used in one go: a host may have to merge an edit before the first pass.
     const at::Tensor before = draw(inputs_.base, own_, "Drawing before");
     const Look base_before = look(inputs_.base, before, "Looking at before");
+    learn(before);
     const at::Tensor after = draw(inputs_.edited, attacked_, "Drawing after");
     const Look edited_before = look(inputs_.edited, before, "Looking at before");
     const at::Tensor kept = at::nan_to_num(after);
@@ -207,10 +209,34 @@ class Studio {
     }
   }
 
+  // Embeddings that are trained to draw the pictures of before with the edited model.
+  void learn(const at::Tensor& before) {
+    for (size_t i = 0; i < evaluation_.prompts.size(); ++i) {
+      const EvaluationPrompt& prompt = evaluation_.prompts[i];
+      if (prompt.attack != Attack::kLearned) continue;
+      const auto row = static_cast<int64_t>(i);
+      const std::string what = "Training an embedding that calls '" + prompt.name + "' back";
+      // A prompt's pictures stand side by side.
+      const at::Tensor learned = learned_context(
+          inputs_.edited, select(own_, rows_of({row})), tokens_[row],
+          before.narrow(0, row * options_.images, options_.images),
+          random_stream(options_.seed, prompt.text, "learned embedding"), [&](int64_t step) {
+            progress_.check();
+            if (step > 0) work_.add(kBackwardWork, what);
+          });
+      work_.add(kBackwardWork, what);
+      attacked_.context[row].copy_(learned);
+    }
+  }
+
   int64_t count() const { return static_cast<int64_t>(evaluation_.pairs.size()); }
   int64_t total_work() const {
     const int64_t guided = options_.cfg != 1.0 ? 2 : 1;
-    return count() * (2 * guided * options_.steps + 3 * 2 * kLookCount + 2);
+    const auto learned = std::count_if(
+        evaluation_.prompts.begin(), evaluation_.prompts.end(),
+        [](const EvaluationPrompt& prompt) { return prompt.attack == Attack::kLearned; });
+    return count() * (2 * guided * options_.steps + 3 * 2 * kLookCount + 2) +
+           learned * kLearningSteps * kBackwardWork;
   }
   const EvaluationPrompt& prompt_of(int64_t pair) const {
     return evaluation_.prompts[evaluation_.pairs[static_cast<size_t>(pair)].prompt];
@@ -716,7 +742,7 @@ Evaluation evaluate(const EvaluationInputs& inputs, const ConceptSet& set,
   if (options.level == EvaluationLevel::kThorough) {
     progress.status(std::to_string(evaluation.thorough_pairs) + " pairs of pictures, " +
                     std::to_string(2 * evaluation.thorough_pairs * options.steps) +
-                    " steps of drawing, after a search for words");
+                    " steps of drawing, a search for words and a training of embeddings");
     for (const Concept& item : set.concepts) {
       searched.push_back(
           searched_prompts(inputs.encoder, item, options.prompts, options.seed, progress));

@@ -1,15 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lacuna/attack.h"
 
+#include <ATen/core/grad_mode.h>
+#include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <random>
 
+#include "lacuna/latent_sampler.h"
 #include "lacuna/prompt_templates.h"
+#include "lacuna/random_stream.h"
 #include "lacuna/residual_scan.h"
 #include "support/fake_host.h"
+#include "support/message_of.h"
 #include "support/random_data.h"
 
 namespace lacuna {
@@ -65,6 +71,69 @@ TEST(AttackedContext, ChangesOnlyWhatItShould) {
   EXPECT_TRUE(other[0].equal(context[0]));
   EXPECT_TRUE(at::allclose(other[3].to(at::kDouble), at::matmul(map, context[3].to(at::kDouble)),
                            1e-5, 1e-5));
+}
+
+// The error of a model that is told `context` about pictures, over many timesteps and noises.
+double denoising_error(Denoiser& model, const at::Tensor& context, const at::Tensor& pictures) {
+  at::Generator random = random_stream(99, "denoising", "error");
+  double error = 0.0;
+  for (int i = 0; i < 40; ++i) {
+    const double sigma = sigma_at(model.noise_levels(), 100.0 + 20.0 * i);
+    const at::Tensor noise = at::randn(pictures.sizes(), random, at::TensorOptions(at::kFloat));
+    DenoiseRequest pass;
+    pass.noisy = pictures + sigma * noise;
+    pass.sigma = at::full({pictures.size(0)}, sigma, at::kFloat);
+    pass.text.context = context.expand({pictures.size(0), -1, -1});
+    const at::Tensor seen = model.denoise(pass, nullptr).to(at::kCPU);
+    error += ((pass.noisy - seen) / sigma - noise).square().mean().item<double>();
+  }
+  return error;
+}
+
+class LearnedContext : public testing::DeviceTest {};
+INSTANTIATE_TEST_SUITE_P(Devices, LearnedContext, ::testing::ValuesIn(testing::devices()));
+
+TEST_P(LearnedContext, DenoisesBetterThanThePhraseAndChangesNothingElse) {
+  testing::FakeDenoiser model(3, 16, device());
+  for (auto& [name, weight] : model.weights_) weight = weight * 4;  // words that matter
+  const at::Tensor context = at::randn({1, 8, 16});
+  const at::Tensor pictures = at::randn({2, 4, 8, 8});
+  at::Tensor tokens = at::zeros({8});
+  tokens[2] = tokens[3] = 1;
+  std::map<std::string, at::Tensor> weights;
+  for (const auto& [name, weight] : model.weights_) weights[name] = weight.clone();
+  int64_t steps = 0;
+  const auto learn = [&](int64_t seed) {
+    // As a host would call it.
+    const c10::InferenceMode inference;
+    return learned_context(model, {context, {}}, tokens, pictures,
+                           random_stream(seed, "owl", "learned"),
+                           [&](int64_t step) { steps += step >= 0; });
+  };
+  const at::Tensor learned = learn(1);
+  EXPECT_EQ(steps, kLearningSteps);
+  ASSERT_EQ(learned.sizes(), context[0].sizes());
+  for (int64_t i = 0; i < 8; ++i) EXPECT_EQ(learned[i].equal(context[0][i]), i != 2 && i != 3) << i;
+  EXPECT_LT(denoising_error(model, learned.unsqueeze(0), pictures),
+            0.999 * denoising_error(model, context, pictures));
+  EXPECT_TRUE(learn(1).equal(learned));
+  EXPECT_FALSE(learn(2).equal(learned));
+  for (const auto& [name, weight] : weights) EXPECT_TRUE(weight.equal(model.weights_.at(name)));
+}
+
+TEST_P(LearnedContext, StopsWhenAskedAndWhenTheModelIsBroken) {
+  testing::FakeDenoiser model(3, 16, device());
+  const at::Tensor pictures = at::randn({1, 4, 8, 8});
+  const TextEmbedding text{at::randn({1, 8, 16}), {}};
+  const auto learn = [&](int64_t cancel_at) {
+    return learned_context(model, text, at::ones({8}), pictures,
+                           random_stream(1, "owl", "learned"), [&](int64_t step) {
+                             if (step == cancel_at) throw testing::Cancelled();
+                           });
+  };
+  EXPECT_THROW(learn(5), testing::Cancelled);
+  model.weights_.begin()->second.fill_(std::numeric_limits<float>::quiet_NaN());
+  EXPECT_NE(testing::message_of([&] { learn(-1); }).find("not finite"), std::string::npos);
 }
 
 TEST(Paraphrases, AreManyDistinctAndWhole) {
@@ -125,6 +194,8 @@ TEST(AttackPrompts, AreWorthTheLevel) {
   EXPECT_EQ((thorough[{1, Attack::kComposition}]), 4);
   EXPECT_EQ((thorough[{1, Attack::kEmphasis}]), 2);
   EXPECT_EQ((thorough[{0, Attack::kSimilarWord}]), 16);
+  EXPECT_EQ((thorough[{1, Attack::kLearned}]), 2);
+  EXPECT_EQ((quick[{1, Attack::kLearned}]), 0);
   scan.weights_differ = false;  // an edit of the text: there is no closed form to attack
   EXPECT_EQ(count(EvaluationLevel::kThorough).count({0, Attack::kAdversarial}), 0u);
 }

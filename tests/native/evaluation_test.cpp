@@ -263,7 +263,7 @@ TEST_P(EvaluationTest, ThoroughAttacksAndListsWhatCameThrough) {
   const size_t attacks =
       static_cast<size_t>(std::count_if(result.prompts.begin(), result.prompts.end(),
                                         [](const auto& p) { return p.attack.has_value(); }));
-  EXPECT_EQ(attacks, 6u + 2 + 2 + 1 + 8 + 2);
+  EXPECT_EQ(attacks, 6u + 2 + 2 + 1 + 8 + 2 + 1);
   // One similar word and one embedding bring it back in both pictures, nothing else does.
   size_t word = 0, embedding = 0;
   for (size_t i = 0; i < result.prompts.size(); ++i) {
@@ -281,7 +281,7 @@ TEST_P(EvaluationTest, ThoroughAttacksAndListsWhatCameThrough) {
     if (line.find("under attack") != std::string::npos) sentence = line;
   }
   EXPECT_EQ(sentence,
-            "'owl' under attack: gone in 38 of 42 pictures; it came back by adversarial embedding "
+            "'owl' under attack: gone in 40 of 44 pictures; it came back by adversarial embedding "
             "(2 of 4), similar word (2 of 16).");
   const ConceptSet harder = with_failing_prompts(result, summary);
   EXPECT_EQ(harder.concepts[0].synonyms,
@@ -289,8 +289,8 @@ TEST_P(EvaluationTest, ThoroughAttacksAndListsWhatCameThrough) {
   EXPECT_NO_THROW(validate(harder));
   const auto json = nlohmann::json::parse(to_json(result, summary));
   EXPECT_EQ(json.at("failing_prompts").size(), 2u);
-  EXPECT_EQ(json.at("counts").at("attacks"), (nlohmann::json{38, 42}));
-  EXPECT_EQ(json.at("attacks").size(), 6u);
+  EXPECT_EQ(json.at("counts").at("attacks"), (nlohmann::json{40, 44}));
+  EXPECT_EQ(json.at("attacks").size(), 7u);
   EXPECT_EQ(json.at("cost").at("pairs"), result.pairs.size());
   EXPECT_NE(to_html(json.dump(), {}).find("Prompts that still show"), std::string::npos);
   EXPECT_EQ(draw_contact_sheet(result, summary).dim(), 4);

@@ -139,6 +139,11 @@ def test_gradients(denoiser, asked):
     checks.check_same_gradients(ours, expected)
 
 
+def test_gradient_of_the_context(denoiser, asked):
+    with training():
+        checks.check_context_gradient(denoiser, asked, denoiser._base.unet)
+
+
 def test_exceptions(denoiser, asked):
     checks.check_exceptions(denoiser, asked, denoiser._base.unet)
     with training():

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -12,6 +15,7 @@
 namespace lacuna {
 
 // Self-tests: cheap ways to call an erased concept back, without any model but the two at hand.
+// None of them is as strong as an attacker with hours to spend.
 
 enum class Attack {
   kParaphrase,   // written, spelled and described otherwise
@@ -20,13 +24,15 @@ enum class Attack {
   kEmphasis,     // "(phrase:1.5)"
   kSimilarWord,  // the common words that carry most of the concept after the edit
   kSearched,     // other words that a search through the text encoder finds to mean the same
+  kLearned,      // an embedding in the phrase's place, trained through the edited model
 };
 inline constexpr Attack kAttacks[] = {Attack::kParaphrase,  Attack::kAdversarial,
                                       Attack::kComposition, Attack::kEmphasis,
-                                      Attack::kSimilarWord, Attack::kSearched};
+                                      Attack::kSimilarWord, Attack::kSearched,
+                                      Attack::kLearned};
 
 // "paraphrase", "adversarial embedding", "composition", "emphasis", "similar word",
-// "searched words"
+// "searched words", "learned embedding"
 std::string_view to_string(Attack attack);
 
 // Ways to write a phrase that none of its synonyms covers, the mildest first; at most 16.
@@ -52,6 +58,20 @@ std::vector<EvaluationPrompt> attack_prompts(
 //   c' = c - (sum W'^T W' + ridge I)^-1 (sum W'^T D) c
 // [d, d] float64 CPU. Exactly the identity when nothing was edited.
 at::Tensor adversarial_map(const WeightForms& forms);
+
+inline constexpr int64_t kLearningSteps = 60;
+
+// Trains what stands at the phrase's places until the edited model denoises the pictures with it as
+// the model before the edit drew them: the objective of Zhang et al. 2024 (UnlearnDiffAtk), on
+// embeddings instead of tokens like Pham et al. 2024 (CCE), with a small budget. It is a textual
+// inversion of the erased concept.
+// text: of one prompt, [1, window, d]; tokens: [window], 1 on the phrase's places; latents:
+// [n, c, h, w], what the base model draws for the prompt. Returns [window, d] CPU; other places are
+// as they were. before_step(step) is called before every step and may throw. Throws Error when the
+// edited model predicts NaN.
+at::Tensor learned_context(Denoiser& edited, const TextEmbedding& text, const at::Tensor& tokens,
+                           const at::Tensor& latents, at::Generator random,
+                           const std::function<void(int64_t step)>& before_step);
 
 // What is drawn instead of `context` [window, d], the embedding of the attack's text. tokens:
 // [window], 1 on the phrase's positions; empty: [window, d], the embedding of the empty prompt.

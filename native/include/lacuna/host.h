@@ -139,8 +139,8 @@ class Denoiser {
   virtual at::Tensor to_host_latent(const at::Tensor& latent) = 0;
   virtual at::Tensor from_host_latent(const at::Tensor& latent) = 0;
   // The clean latent, [n, c, h, w] float32, that the model (with its patches) sees in a noisy one.
-  // `tap` may be null. With grad mode on, gradients flow to what the tap adds; never to the base
-  // weights, which are not written to either.
+  // `tap` may be null. With grad mode on, gradients flow to what the tap adds and to a text
+  // context that requires them; never to the base weights, which are not written to either.
   virtual at::Tensor denoise(const DenoiseRequest& request, AttentionTap* tap) = 0;
   // Headless hosts only. on_step(done, total) is called after every step and may throw.
   virtual at::Tensor sample(const SamplingRequest& request,

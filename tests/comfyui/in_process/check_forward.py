@@ -161,6 +161,11 @@ def test_gradients(denoiser: Any, asked: list[Any]) -> None:
     checks.check_same_gradients(ours, expected)
 
 
+def test_gradient_of_the_context(denoiser: Any, asked: list[Any]) -> None:
+    with training():
+        checks.check_context_gradient(denoiser, asked, unet(denoiser))
+
+
 def test_exceptions(denoiser: Any, asked: list[Any]) -> None:
     def options() -> str:
         return repr(denoiser.patcher.model_options) + repr(denoiser.patcher.model.current_patcher)
