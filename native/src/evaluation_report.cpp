@@ -9,6 +9,7 @@
 #include <set>
 
 #include "lacuna/attack.h"
+#include "lacuna/benchmark_lines.h"
 #include "lacuna/error.h"
 #include "lacuna/random_stream.h"
 #include "lacuna/text.h"
@@ -610,6 +611,18 @@ std::string lists_table(const ordered_json& lists) {
                rows);
 }
 
+std::string benchmark_table(const ordered_json& lines) {
+  std::vector<std::vector<std::string>> rows;
+  for (const ordered_json& line : lines) {
+    rows.push_back(
+        {text_of(line.at("line")) + ", " + text_of(line.at("better")) + " is better",
+         text_of(line.at("before")), text_of(line.at("after")),
+         text_of(line.at("interval").at(0)) + " to " + text_of(line.at("interval").at(1)),
+         text_of(line.at("pictures"))});
+  }
+  return table({"line", "before", "after", "interval", "pictures"}, rows);
+}
+
 std::string scan_tables(const ordered_json& scan) {
   std::string out;
   for (const ordered_json& item : scan.at("concepts")) {
@@ -779,6 +792,15 @@ std::string to_json(const Evaluation& evaluation, const EvaluationSummary& summa
                                {"interval", interval_json(wilson_interval(item.back))}});
   }
   root["failing_prompts"] = failing_json(evaluation, summary);
+  root["benchmarks"] = ordered_json::array();
+  for (const BenchmarkLine& line : benchmark_lines(evaluation)) {
+    root["benchmarks"].push_back({{"line", line.name},
+                                  {"before", line.before},
+                                  {"after", line.after},
+                                  {"interval", interval_json(line.interval)},
+                                  {"better", line.lower_is_better ? "lower" : "higher"},
+                                  {"pictures", line.pictures}});
+  }
   root["cost"] = {
       {"pairs", evaluation.pairs.size()},
       {"steps", 2 * evaluation.pairs.size() * static_cast<size_t>(evaluation.options.steps)},
@@ -816,6 +838,10 @@ std::string to_html(std::string_view json, const std::vector<std::string>& pages
     if (!root.at("failing_prompts").empty()) {
       out += "<h2>Prompts that still show what should be gone</h2>\n" +
              failing_table(root.at("failing_prompts"));
+    }
+    if (!root.at("benchmarks").empty()) {
+      out += "<h2>Under the names of published benchmarks</h2>\n" +
+             benchmark_table(root.at("benchmarks"));
     }
     out += "<h2>What the weights say</h2>\n" + scan_tables(root.at("preflight"));
     out += "<h2>Protocol</h2>\n";

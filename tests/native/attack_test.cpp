@@ -126,8 +126,8 @@ TEST_P(LearnedContext, StopsWhenAskedAndWhenTheModelIsBroken) {
   const at::Tensor pictures = at::randn({1, 4, 8, 8});
   const TextEmbedding text{at::randn({1, 8, 16}), {}};
   const auto learn = [&](int64_t cancel_at) {
-    return learned_context(model, text, at::ones({8}), pictures,
-                           random_stream(1, "owl", "learned"), [&](int64_t step) {
+    return learned_context(model, text, at::ones({8}), pictures, random_stream(1, "owl", "learned"),
+                           [&](int64_t step) {
                              if (step == cancel_at) throw testing::Cancelled();
                            });
   };

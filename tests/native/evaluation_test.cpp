@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "lacuna/attack.h"
+#include "lacuna/benchmark_lines.h"
 #include "lacuna/contact_sheet.h"
 #include "lacuna/error.h"
 #include "lacuna/evaluation_report.h"
@@ -247,6 +248,16 @@ TEST_P(EvaluationTest, AnImageEncoderComparesWhatPicturesMean) {
   const auto json = nlohmann::json::parse(to_json(both, summarize(both)));
   EXPECT_EQ(json.at("protocol").at("clip_vision"), "images and texts");
   EXPECT_TRUE(json.at("lists")[0].contains("text_similarity_change"));
+  const std::vector<BenchmarkLine> lines = benchmark_lines(both);
+  const auto content = std::find_if(lines.begin(), lines.end(),
+                                    [](const auto& line) { return line.name == "content score"; });
+  ASSERT_NE(content, lines.end());
+  double sum = 0.0;
+  for (const PicturePair& pair : both.pairs) {
+    if (!should_vanish(both.prompts[pair.prompt].list)) sum += 100 * pair.text_similarity_after;
+  }
+  EXPECT_NEAR(content->after, sum / static_cast<double>(content->pictures), 1e-9);
+  EXPECT_EQ(json.at("benchmarks").size(), lines.size());
   pooled.pooled_width = 4;  // another family's
   EXPECT_FALSE(run_with(pooled, *model).compares_texts);
 
@@ -294,6 +305,44 @@ TEST_P(EvaluationTest, ThoroughAttacksAndListsWhatCameThrough) {
   EXPECT_EQ(json.at("cost").at("pairs"), result.pairs.size());
   EXPECT_NE(to_html(json.dump(), {}).find("Prompts that still show"), std::string::npos);
   EXPECT_EQ(draw_contact_sheet(result, summary).dim(), 4);
+}
+
+TEST_P(EvaluationTest, CountsUnderTheNamesOfPublishedBenchmarks) {
+  set_.concepts[0].kind = ConceptKind::kStyle;
+  Evaluation result = run(*edited(0.5));
+  // Of the concept's own pictures one of four still shows it, of what should stay all do, and of
+  // the attacks all come through.
+  int64_t own = 0;
+  for (PicturePair& pair : result.pairs) {
+    pair.seen_before = true;
+    pair.seen_after = result.prompts[pair.prompt].list != PromptList::kTarget || own++ % 4 == 0;
+    pair.text_similarity_before = 0.3;
+    pair.text_similarity_after = 0.2;
+  }
+  const auto lines_of = [&] {
+    std::map<std::string, BenchmarkLine> lines;
+    for (const BenchmarkLine& line : benchmark_lines(result)) lines[line.name] = line;
+    return lines;
+  };
+  std::map<std::string, BenchmarkLine> lines = lines_of();
+  EXPECT_EQ(lines.size(), 4u);  // no image encoder, no scores
+  const BenchmarkLine& accuracy = lines["unlearning accuracy"];
+  EXPECT_EQ(accuracy.pictures, 4);
+  EXPECT_EQ(accuracy.before, 0.0);
+  EXPECT_EQ(accuracy.after, 0.75);
+  EXPECT_EQ(accuracy.interval.high, wilson_interval({3, 4}).high);
+  EXPECT_EQ(lines["in-domain retain accuracy"].pictures, 8);
+  EXPECT_EQ(lines["cross-domain retain accuracy"].after, 1.0);
+  EXPECT_EQ(lines["attack success rate"].after, 1.0);
+  EXPECT_TRUE(lines["attack success rate"].lower_is_better);
+  result.compares_texts = true;
+  lines = lines_of();
+  EXPECT_EQ(lines["style score"].pictures, 4);
+  EXPECT_NEAR(lines["style score"].before, 30.0, 1e-9);
+  EXPECT_NEAR(lines["style score"].after, 20.0, 1e-9);
+  EXPECT_EQ(lines["content score"].pictures, 12);
+  result.concepts.concepts[0].kind = ConceptKind::kObject;
+  EXPECT_FALSE(lines_of().contains("style score"));
 }
 
 TEST_P(EvaluationTest, AttacksDoNotChangeWhatElseIsMeasured) {

@@ -2,7 +2,7 @@
 """Evaluate Erasure against what is known of the demo model: edits of every quality are called what
 they are, and its counts agree with those of tools/demo_model/score.py.
 
-The agreement takes ten minutes of a core and is only checked with LACUNA_SLOW=1.
+The agreement takes twenty minutes of a core and is only checked with LACUNA_SLOW=1.
 """
 
 from __future__ import annotations
@@ -82,8 +82,18 @@ def evaluate(demo, pack, task):
     return evaluate
 
 
-@pytest.mark.skipif(not SLOW, reason="takes ten minutes: set LACUNA_SLOW=1")
-@pytest.mark.parametrize("method", ["none", "uce"])
+def counts_of(report: dict[str, Any], task: dict[str, Any], part: str) -> list[int]:
+    """Of the report, for the phrases that score.py draws: the node also tries plurals and typing
+    errors, which the demo model does not know."""
+    if part != "synonyms":
+        return report["counts"][part]
+    words = task["lists"]["synonyms"]["names"]
+    pairs = [p for p in report["pairs"] if p["list"] == "synonyms" and p["phrase"] in words]
+    return [sum(not pair["seen_after"] for pair in pairs), len(pairs)]
+
+
+@pytest.mark.skipif(not SLOW, reason="takes twenty minutes: set LACUNA_SLOW=1")
+@pytest.mark.parametrize("method", ["none", "uce", "cached"])
 def test_counts_agree_with_the_scoring_protocol(demo, edit, evaluate, task, method: str) -> None:
     _, clip, vae = demo
     protocol = score.read_protocol()
@@ -94,7 +104,8 @@ def test_counts_agree_with_the_scoring_protocol(demo, edit, evaluate, task, meth
         trials = score.list_trials(task["lists"][part], protocol["templates"])
         outcome = studio.judge(edited, trials, part in score.NEGATED)
         theirs = score.wilson(sum(outcome.hits), len(outcome.hits))
-        hits, count = report["counts"][part]
+        hits, count = counts_of(report, task, part)
+        assert count > 0
         ours = score.wilson(hits, count)
         print(f"{method} {part}: node {hits}/{count}, score.py {sum(outcome.hits)}/{len(trials)}")
         assert ours[0] <= theirs[1] and theirs[0] <= ours[1], (part, ours, theirs)

@@ -26,10 +26,9 @@ enum class Attack {
   kSearched,     // other words that a search through the text encoder finds to mean the same
   kLearned,      // an embedding in the phrase's place, trained through the edited model
 };
-inline constexpr Attack kAttacks[] = {Attack::kParaphrase,  Attack::kAdversarial,
-                                      Attack::kComposition, Attack::kEmphasis,
-                                      Attack::kSimilarWord, Attack::kSearched,
-                                      Attack::kLearned};
+inline constexpr Attack kAttacks[] = {
+    Attack::kParaphrase,  Attack::kAdversarial, Attack::kComposition, Attack::kEmphasis,
+    Attack::kSimilarWord, Attack::kSearched,    Attack::kLearned};
 
 // "paraphrase", "adversarial embedding", "composition", "emphasis", "similar word",
 // "searched words", "learned embedding"
