@@ -93,7 +93,7 @@ def test_no_dependencies_are_asked_for(archive: list[str]) -> None:
 
 
 def _what_pip_would_install(*arguments: str) -> list[str]:
-    """Names of the packages that `pip install` would add here; anything to be fetched is an error."""
+    """Names of the packages that `pip install` would add here; to fetch anything is an error."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-index",
                "--report", "-", *arguments]  # fmt: skip
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

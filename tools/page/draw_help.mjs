@@ -11,7 +11,7 @@ import { fitView, openPage } from "./page.mjs";
 const ROOT = fileURLToPath(new URL("../../", import.meta.url));
 // Node id -> workflow, and which of its nodes in which columns.
 const GRAPHS = {
-  LacunaConceptSet: ["erase_words", [["1"], ["2"], ["3"]]],
+  LacunaConceptSet: ["erase_words", [["1", "2"], ["3"]]],
   LacunaAttentionRefine: ["erase_words", [["1", "2"], ["3"], ["8"]]],
   LacunaLoRAErase: ["full_pipeline_with_evaluation", [["1", "2"], ["3"], ["4"], ["5"]]],
   LacunaLoRAFuse: ["add_concept_to_bundle", [["1", "3"], ["5"], ["6"], ["11"]]],
@@ -22,6 +22,7 @@ const GRAPHS = {
 
 const [url] = process.argv.slice(2);
 const { browser, page } = await openPage(url, { width: 1500, height: 900 });
+await page.evaluate(() => window.app.extensionManager.setting.set("Comfy.Minimap.Visible", false));
 for (const [name, [workflow, layout]] of Object.entries(GRAPHS)) {
   const api = JSON.parse(await readFile(`${ROOT}workflows/api/${workflow}.json`, "utf8"));
   const chosen = layout.flat();
