@@ -26,7 +26,9 @@ async function act(action) {
   await action();
   actions += 1;
   await shoot();
-  const told = page.locator(".p-toast-message, [role=alert], .p-dialog, .comfy-modal:visible");
+  const told = page.locator(
+    ".p-toast-message, [role=alert], [data-testid=error-overlay], .p-dialog, .comfy-modal:visible",
+  );
   for (const text of await told.allInnerTexts()) {
     if (text.trim() && !text.includes("erase_words")) failures.push(`after ${actions}: ${text}`);
   }
