@@ -22,7 +22,10 @@ const GRAPHS = {
 
 const [url] = process.argv.slice(2);
 const { browser, page } = await openPage(url, { width: 1500, height: 900 });
-await page.evaluate(() => window.app.extensionManager.setting.set("Comfy.Minimap.Visible", false));
+await page.evaluate(async () => {
+  const { setting } = window.app.extensionManager;
+  for (const panel of ["Comfy.Minimap.Visible", "Comfy.RightSidePanel.IsOpen"]) await setting.set(panel, false);
+});
 for (const [name, [workflow, layout]] of Object.entries(GRAPHS)) {
   const api = JSON.parse(await readFile(`${ROOT}workflows/api/${workflow}.json`, "utf8"));
   const chosen = layout.flat();
@@ -65,7 +68,9 @@ const sheet = await page.evaluate(async () => {
       await picture.decode();
       const width = Math.min(picture.width, 900);
       const height = (picture.height * width) / picture.width;
-      const canvas = Object.assign(document.createElement("canvas"), { width, height });
+      // The top is enough to see what a sheet looks like.
+      const shown = { width, height: Math.min(height, width) };
+      const canvas = Object.assign(document.createElement("canvas"), shown);
       canvas.getContext("2d").drawImage(picture, 0, 0, width, height);
       return canvas.toDataURL("image/jpeg", 0.8);
     }
