@@ -14,6 +14,12 @@ export async function greetedPage(url, { width = 1600, height = 1000 } = {}) {
     args: ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"],
   });
   const page = await browser.newPage({ viewport: { width, height } });
+  // ComfyUI's own templates are a package of up to 800 MB. Where it is not installed, their list is
+  // empty: without any list, ComfyUI 0.3 opens no template of node packs either.
+  await page.route(/\/templates\/index[\w-]*\.json/, async (route) => {
+    const answer = await route.fetch();
+    await route.fulfill(answer.ok() ? { response: answer } : { json: [] });
+  });
   await page.goto(url, { timeout: READY_MS });
   await page.waitForFunction(() => window.app?.graph && window.app?.extensionManager, null, {
     timeout: READY_MS,
