@@ -138,7 +138,7 @@ class Run:
 
 
 class Server:
-    """A started host. `base` is its --base-directory."""
+    """A started host. `base` is its --base-directory; `probe` adds the tests' own nodes to ours."""
 
     def __init__(
         self,
@@ -149,6 +149,7 @@ class Server:
         checkpoints: dict[str, Path] | None = None,
         front_end: Path | None = None,
         device: str = "cpu",
+        probe: bool = True,
     ) -> None:
         self.checkout = checkout
         self.base = base
@@ -159,7 +160,8 @@ class Server:
         for folder in folders:
             (base / folder).mkdir(parents=True, exist_ok=True)
         (base / "custom_nodes" / "lacuna").symlink_to(pack)
-        (base / "custom_nodes" / "lacuna_test_probe").symlink_to(PROBE_PACK)
+        if probe:
+            (base / "custom_nodes" / "lacuna_test_probe").symlink_to(PROBE_PACK)
         for name, file in (checkpoints or {}).items():
             (base / "models" / "checkpoints" / name).symlink_to(file)
         if front_end is None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -88,6 +90,23 @@ def test_modules_of_the_archive_import_only_what_is_in_it(archive: list[str]) ->
 def test_no_dependencies_are_asked_for(archive: list[str]) -> None:
     lines = (REPOSITORY / "requirements.txt").read_text("utf-8").splitlines()
     assert all(line.startswith("#") for line in lines if line.strip())
+
+
+def _what_pip_would_install(*arguments: str) -> list[str]:
+    """Names of the packages that `pip install` would add here; to fetch anything is an error."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-index",
+               "--report", "-", *arguments]  # fmt: skip
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [item["metadata"]["name"] for item in json.loads(done.stdout)["install"]]
+
+
+def test_installing_changes_no_other_package() -> None:
+    """`pip freeze` of a ComfyUI is as before: the registry's way adds nothing, pip only lacuna."""
+    assert _what_pip_would_install("-r", "requirements.txt") == []
+    if importlib.util.find_spec("scikit_build_core") is None:
+        pytest.skip("pip needs scikit-build-core to tell what the package asks for")
+    assert _what_pip_would_install("--no-build-isolation", ".") == ["lacuna"]
 
 
 def test_the_newest_release_of_each_minor_is_chosen() -> None:

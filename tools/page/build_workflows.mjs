@@ -4,7 +4,8 @@
 //
 //   node build_workflows.mjs http://127.0.0.1:8188 [--no-pictures] erase_words [...]
 //
-// Positions are those of LAYOUT below, see layout.mjs; the page itself serialises.
+// Positions are those of LAYOUT below, see layout.mjs; the page itself serialises. Keep them narrow:
+// the page shows no text once it zooms out below 60 %, for 1600 pixels about 1,950 of a graph's.
 import { readFile, writeFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { isDeepStrictEqual } from "node:util";
@@ -12,45 +13,48 @@ import { arrange } from "./layout.mjs";
 import { dropWorkflow, openPage, overlaps, run } from "./page.mjs";
 
 const WORKFLOWS = fileURLToPath(new URL("../../workflows/", import.meta.url));
+// No inline code in notes: Nodes 2.0 writes it blue on blue.
 const NOTES = {
   erase_words: `Both pictures start from the same noise; only the model differs.
 
-Type what the model must forget into **Concept Set**, one phrase a line: \`target -> what to draw instead\`. List what must stay under *preserve*. Press Run.
+For a word of your own: type it into **Concept Set**, one phrase a line, *target -> what to draw instead*, and into **Prompt**. List what must stay under *preserve*. Press Run.
 
 Works with SD1.x, SD2.x and SDXL checkpoints: choose yours, and set width and height to its size. The small demo model draws 64 x 64.`,
-  erase_words_save_lora: `As *erase words*, and the edit is also saved as a LoRA in \`output/loras\`: it loads in ComfyUI, A1111/Forge and diffusers like any other.
+  erase_words_save_lora: `As *erase_words*, and the edit is also saved as a LoRA in *output/loras*: it loads in ComfyUI, A1111/Forge and diffusers like any other.
 
 Strength 1.0 of that LoRA is the strength set in **Attention Refine**. The report says what its rank leaves out.`,
   erase_style_keep_neighbours: `One style is erased, the styles next to it are listed under *preserve* and stay. The lower pictures show one of those.
 
-*kind* is **style**, so phrases are read in prompts about pictures and artists. Write \`van gogh style -> art\`, preserve the painters near him, and set both prompts.`,
+*kind* is **style**, so phrases are read in prompts about pictures and artists. Write *van gogh style -> art*, preserve the painters near him, and set both prompts.`,
   erase_100_names_from_preset: `The text in **Concept Set** is a list from the folder *presets*: a hundred names, and thirty that stay. The lower pictures show one of those.
 
-Open another list, e.g. \`presets/artists_100.json\`, copy all of it into *concepts*, and change both prompts. *docs/presets.md* says how to write and share lists.`,
+Open another list, e.g. *artists_100.json*, copy all of it into *concepts*, and change both prompts. The page *presets* of the documentation says how to write and share lists.`,
   full_pipeline_with_evaluation: `All of MACE: **Attention Refine** edits the words around the concept, **LoRA Erase** trains one small LoRA for each concept, **LoRA Fuse** joins them, **Evaluate Erasure** draws before and after and counts.
+
+It draws two pictures of everything, to be quick: raise *prompts* and *images per prompt* for numbers to rely on.
 
 The numbers here fit the small demo model. For SD1.5: 512 x 512, 50 steps, learning rate 0.001, 8 images.
 
-The result is saved twice: as a LoRA for any program, and as a bundle, to which *add concept to bundle* adds more later.`,
-  add_concept_to_bundle: `First run *full pipeline with evaluation*: it saves the bundle that is opened here. Only the new concept is trained; what is in the bundle is fused with it.
+The result is saved twice: as a LoRA for any program, and as a bundle, to which *add_concept_to_bundle* adds more later.`,
+  add_concept_to_bundle: `First run *full_pipeline_with_evaluation*: it saves the bundle that is opened here. Only the new concept is trained; what is in the bundle is fused with it.
 
 The file name is one within ComfyUI's output folder. Save the new bundle, and next time open that one.`,
-  compare_methods: `The same noise and the same concept, four ways: unedited, \`uce\` (seconds), \`mace\` alone (its first half), and \`mace\` with a trained LoRA.
+  compare_methods: `The same noise and the same concept, four ways: unedited, *uce* (seconds), *mace* alone (its first half), and *mace* with a trained LoRA.
 
 Below, **Evaluate Erasure** at level *preflight* says what each edit left in the weights. For pictures and counts, set *level* to quick. Change the prompt to a neighbour to see what each method costs.`,
 };
 const TWO_PROMPTS = [
-  ["1", "7"], ["2", "4", "5", "6"], ["3"], ["8", "9", "10", "11"], ["12", "13", "14", "15", "20"],
+  ["1", "7"], ["2", "4", "5", "6"], ["3", "20"], ["8", "9", "10", "11"], ["12", "13", "14", "15"],
   ["16", "17", "18", "19"],
 ];
 const LAYOUT = {
-  erase_words: [["1", "6"], ["2", "4", "5"], ["3"], ["7", "8"], ["9", "10", "13"], ["11", "12"]],
+  erase_words: [["1", "6"], ["2", "4", "5"], ["3", "13"], ["7", "8", "9", "10"], ["11", "12"]],
   erase_words_save_lora: [
-    ["1", "6"], ["2", "4", "5"], ["3", "14"], ["7", "8"], ["9", "10", "13"], ["11", "12"],
+    ["1", "6"], ["2", "4", "5"], ["3", "13"], ["7", "8", "9", "10"], ["11", "12", "14"],
   ],
   erase_style_keep_neighbours: TWO_PROMPTS,
   erase_100_names_from_preset: TWO_PROMPTS,
-  full_pipeline_with_evaluation: [["1"], ["2"], ["3"], ["4"], ["5", "7", "8"], ["6"], ["9"]],
+  full_pipeline_with_evaluation: [["1", "2"], ["3", "9"], ["4"], ["5", "7", "8"], ["6"]],
   add_concept_to_bundle: [
     ["1", "9"], ["3", "2", "7", "8"], ["4"], ["5"], ["6", "16"], ["10", "11"],
     ["12", "13", "17"], ["14", "15"],
@@ -87,6 +91,7 @@ async function build(page, name) {
     ({ note, bottom, gap }) => {
       const comment = window.LiteGraph.createNode("MarkdownNote");
       window.app.graph.add(comment);
+      comment.title = "Read me";
       const lowest = window.app.graph.nodes.find((node) => String(node.id) === bottom);
       comment.pos = [lowest.pos[0], lowest.pos[1] + lowest.size[1] + gap];
       comment.setSize([lowest.size[0], 340]);
@@ -156,9 +161,9 @@ async function draw(page, name) {
         });
       if (!titles) {
         const page = await load(shown[0].images[0]);
-        const scale = Math.min((width - 40) / page.width, (height - top - 10) / page.height);
-        const [w, h] = [page.width * scale, page.height * scale];
-        pen.drawImage(page, (width - w) / 2, top, w, h);
+        // Its top, as wide as there is room: the whole sheet would be too small to read.
+        const [w, h] = [width - 40, height - top];
+        pen.drawImage(page, 0, 0, page.width, (h * page.width) / w, 20, top, w, h);
         return canvas.toDataURL("image/jpeg", 0.9);
       }
       const gap = 24;

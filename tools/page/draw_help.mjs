@@ -11,7 +11,7 @@ import { fitView, openPage } from "./page.mjs";
 const ROOT = fileURLToPath(new URL("../../", import.meta.url));
 // Node id -> workflow, and which of its nodes in which columns.
 const GRAPHS = {
-  LacunaConceptSet: ["erase_words", [["1"], ["2"], ["3"]]],
+  LacunaConceptSet: ["erase_words", [["1", "2"], ["3"]]],
   LacunaAttentionRefine: ["erase_words", [["1", "2"], ["3"], ["8"]]],
   LacunaLoRAErase: ["full_pipeline_with_evaluation", [["1", "2"], ["3"], ["4"], ["5"]]],
   LacunaLoRAFuse: ["add_concept_to_bundle", [["1", "3"], ["5"], ["6"], ["11"]]],
@@ -22,6 +22,10 @@ const GRAPHS = {
 
 const [url] = process.argv.slice(2);
 const { browser, page } = await openPage(url, { width: 1500, height: 900 });
+await page.evaluate(async () => {
+  const { setting } = window.app.extensionManager;
+  for (const panel of ["Comfy.Minimap.Visible", "Comfy.RightSidePanel.IsOpen"]) await setting.set(panel, false);
+});
 for (const [name, [workflow, layout]] of Object.entries(GRAPHS)) {
   const api = JSON.parse(await readFile(`${ROOT}workflows/api/${workflow}.json`, "utf8"));
   const chosen = layout.flat();
@@ -64,7 +68,9 @@ const sheet = await page.evaluate(async () => {
       await picture.decode();
       const width = Math.min(picture.width, 900);
       const height = (picture.height * width) / picture.width;
-      const canvas = Object.assign(document.createElement("canvas"), { width, height });
+      // The top is enough to see what a sheet looks like.
+      const shown = { width, height: Math.min(height, width) };
+      const canvas = Object.assign(document.createElement("canvas"), shown);
       canvas.getContext("2d").drawImage(picture, 0, 0, width, height);
       return canvas.toDataURL("image/jpeg", 0.8);
     }

@@ -1,22 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // Puts a graph in API format on the page, in columns from left to right, each a list of node ids
 // from top to bottom.
-const [COLUMN_GAP, ROW_GAP] = [60, 70];
+// Nodes 2.0 makes a node with pictures up to 30 higher than it was saved.
+const [COLUMN_GAP, ROW_GAP] = [40, 80];
 const WIDTH = {
-  CheckpointLoaderSimple: 320,
-  CLIPTextEncode: 320,
-  EmptyLatentImage: 320,
-  LacunaConceptSet: 400,
-  LacunaAttentionRefine: 400,
+  CheckpointLoaderSimple: 300,
+  CLIPTextEncode: 340,
+  EmptyLatentImage: 300,
+  LacunaConceptSet: 340,
+  LacunaAttentionRefine: 340,
   LacunaEvaluateErasure: 460,
-  LacunaLoadBundle: 400,
-  LacunaLoRAErase: 400,
-  LacunaLoRAFuse: 400,
+  LacunaLoadBundle: 340,
+  LacunaLoRAErase: 340,
+  LacunaLoRAFuse: 340,
   LacunaSaveBundle: 360,
-  KSampler: 320,
+  KSampler: 290,
   SaveImage: 360,
   LacunaSaveLoRA: 360,
-  PreviewAny: 320,
+  PreviewAny: 340,
+  VAEDecode: 180,
 };
 const HEIGHT = {
   CLIPTextEncode: 120,

@@ -7,37 +7,52 @@ import { chromium } from "playwright-core";
 const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
 const READY_MS = 90_000;
 
-export async function openPage(url, { width = 1600, height = 1000 } = {}) {
+// The page as it greets a visitor: on a first visit with the template browser.
+export async function greetedPage(url, { width = 1600, height = 1000 } = {}) {
   const browser = await chromium.launch({
     executablePath: CHROMIUM,
     args: ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"],
   });
   const page = await browser.newPage({ viewport: { width, height } });
+  // ComfyUI's own templates are a package of up to 800 MB. Where it is not installed, their list is
+  // empty: without any list, ComfyUI 0.3 opens no template of node packs either.
+  await page.route(/\/templates\/index[\w-]*\.json/, async (route) => {
+    const answer = await route.fetch();
+    await route.fulfill(answer.ok() ? { response: answer } : { json: [] });
+  });
   await page.goto(url, { timeout: READY_MS });
   await page.waitForFunction(() => window.app?.graph && window.app?.extensionManager, null, {
     timeout: READY_MS,
   });
   await page.getByTestId("queue-button").waitFor({ timeout: READY_MS });
-  // Newer pages greet a first visit with the template browser.
   await page.waitForTimeout(1500);
+  return { browser, page };
+}
+
+export async function openPage(url, size) {
+  const { browser, page } = await greetedPage(url, size);
   await page.keyboard.press("Escape");
   await page.waitForTimeout(500);
   return { browser, page };
 }
 
 // As a user does it: drop the file on the canvas.
-export async function dropWorkflow(page, path) {
-  const text = await readFile(path, "utf8");
-  const count = JSON.parse(text).nodes.length;
+export async function dropFile(page, path, type) {
   const transfer = await page.evaluateHandle(
-    ({ text, name }) => {
+    ({ base64, name, type }) => {
+      const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
       const data = new DataTransfer();
-      data.items.add(new File([text], name, { type: "application/json" }));
+      data.items.add(new File([bytes], name, { type }));
       return data;
     },
-    { text, name: basename(path) },
+    { base64: await readFile(path, "base64"), name: basename(path), type },
   );
   await page.dispatchEvent("#graph-canvas", "drop", { dataTransfer: transfer });
+}
+
+export async function dropWorkflow(page, path) {
+  const count = JSON.parse(await readFile(path, "utf8")).nodes.length;
+  await dropFile(page, path, "application/json");
   await page.waitForFunction((count) => window.app.graph.nodes.length === count, count);
   await page.waitForTimeout(500);
   await fitView(page);

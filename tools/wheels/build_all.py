@@ -5,7 +5,8 @@ python tools/wheels/build_all.py --out dist [--minors 2.13 2.14] [--index URL]
 
 Every minor gets an environment of its own below --work, removed afterwards: a few GB of disk and
 several minutes of one CPU core each. --index names where torch comes from; for small downloads use
-https://download.pytorch.org/whl/cpu: the module is the same for CPU and GPU builds of torch.
+https://download.pytorch.org/whl/cpu: the module is the same for CPU and GPU builds of torch. An
+environment that is there already, --work/torch-<version>, gets what it lacks, and is kept.
 """
 
 from __future__ import annotations
@@ -79,13 +80,12 @@ def _python(environment: Path) -> Path:
     return environment / folder / "python"
 
 
-def _environment(work: Path, version: str, index: str | None) -> Path:
-    folder = work / f"torch-{version}"
-    venv.create(folder, with_pip=True, clear=True)
+def _environment(folder: Path, version: str, index: str | None) -> None:
     python = _python(folder)
-    _run(python, "-m", "pip", "install", "--quiet", f"torch=={version}", *_index(index))
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        _run(python, "-m", "pip", "install", "--quiet", f"torch=={version}", *_index(index))
     _run(python, "-m", "pip", "install", "--quiet", *BUILD_TOOLS)
-    return folder
 
 
 def _built(environment: Path, minor: str) -> Path:
@@ -109,14 +109,17 @@ def _try(environment: Path, wheel: Path, script: str) -> None:
 def build_all(minors: dict[str, str], work: Path, out: Path, index: str | None) -> Path:
     wheels: dict[str, Path] = {}
     for minor, version in minors.items():
-        environment = _environment(work, version, index)
+        environment = work / f"torch-{version}"
+        kept_environment = environment.exists()
+        _environment(environment, version, index)
         kept = work / minor / (wheel := _built(environment, minor)).name
         kept.parent.mkdir(exist_ok=True)
         shutil.copy(wheel, kept)
         if wheels:  # the minor before: its module must not be opened here
             _try(environment, next(reversed(wheels.values())), REFUSED)
         wheels[minor] = kept
-        shutil.rmtree(environment)
+        if not kept_environment:
+            shutil.rmtree(environment)
     merged = merge(list(wheels.values()), out)
     log.info("%s: torch %s", merged, ", ".join(torch_minors(merged)))
     return merged
