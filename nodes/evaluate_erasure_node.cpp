@@ -244,7 +244,7 @@ const NodeSchema& EvaluateErasureNode::schema() const {
                   {"unrelated", "unrelated", socket::kFloat,
                    "Share of the unrelated pictures that still show their caption."},
                   {"harmonic_mean", "harmonic mean", socket::kFloat,
-                   "Of these: no better than the worst of them."},
+                   "Of these: low as soon as one of them is low."},
                   {"report", "verdict", socket::kString, "What it means, in sentences."},
                   {"harder_concepts", "concepts + failing", socket::kString,
                    "The concepts with the prompts that still show them as synonyms, for Concept "
