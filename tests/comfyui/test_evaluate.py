@@ -95,7 +95,7 @@ def test_thorough_attacks_and_says_what_comes_through(server: Server, build: Bui
     report = json.loads(run.outputs["text"]["text"][0])
     assert {item["attack"] for item in report["attacks"]} == {
         "paraphrase", "adversarial embedding", "composition", "emphasis", "similar word",
-        "searched words",
+        "searched words", "learned embedding",
     }  # fmt: skip
     assert report["cost"]["pairs"] == len(report["pairs"]) == report["cost"]["thorough_pairs"]
     assert "'hamburger' under attack: gone in " in run.outputs["evaluate"]["text"][0]
