@@ -8,8 +8,6 @@ namespace {
 
 using Belongs = std::function<bool(const EvaluationPrompt&)>;
 
-bool stays(const EvaluationPrompt& prompt) { return !should_vanish(prompt.list); }
-
 class Lines {
  public:
   explicit Lines(const Evaluation& evaluation) : evaluation_(evaluation) {}
@@ -21,10 +19,10 @@ class Lines {
       if (!belongs(evaluation_.prompts[pair.prompt])) continue;
       before.hits += pair.seen_before == seen;
       after.hits += pair.seen_after == seen;
-      ++before.trials;
       ++after.trials;
     }
     if (after.trials == 0) return;
+    before.trials = after.trials;
     lines_.push_back({name, before.share(), after.share(), wilson_interval(after), lower_is_better,
                       after.trials});
   }
@@ -74,7 +72,8 @@ std::vector<BenchmarkLine> benchmark_lines(const Evaluation& evaluation) {
            evaluation.concepts.concepts[static_cast<size_t>(prompt.concept_index)].kind ==
                ConceptKind::kStyle;
   });
-  lines.add_score("content score", false, stays);
+  lines.add_score("content score", false,
+                  [](const EvaluationPrompt& prompt) { return !should_vanish(prompt.list); });
   return lines.take();
 }
 

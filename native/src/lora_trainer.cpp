@@ -40,10 +40,6 @@ using nlohmann::ordered_json;
 // Queries kept of one layer and picture: a quarter of the largest layer of SD1.x at 512 pixels.
 constexpr int64_t kMaxQueries = 1024;
 
-// Keeps the gradients of float16 models above what float16 can hold. A power of two: nothing else
-// changes.
-constexpr double kLossScale = 1024.0;
-
 // Training needs a graph, whatever the caller's mode; forward passes that only look do not.
 struct TrainingScope {
   c10::InferenceMode no_inference_mode{false};

@@ -68,12 +68,21 @@ def front_end(checkout: Checkout) -> Path:
 
 @pytest.fixture
 def page_server(
-    checkout: Checkout, front_end: Path, checkpoint_file: Path, tmp_path: Path
+    request: pytest.FixtureRequest,
+    checkout: Checkout,
+    front_end: Path,
+    checkpoint_file: Path,
+    tmp_path: Path,
 ) -> Iterator[Server]:
-    """Fresh for every test: the page keeps its settings in the user folder."""
+    """Fresh for every test: the page keeps its settings in the user folder. With the mark `stock`
+    there is nothing but our folder and the demo model."""
     share_text_cache(tmp_path)
     host = Server(
-        checkout, tmp_path, checkpoints={CHECKPOINT_NAME: checkpoint_file}, front_end=front_end
+        checkout,
+        tmp_path,
+        checkpoints={CHECKPOINT_NAME: checkpoint_file},
+        front_end=front_end,
+        probe=request.node.get_closest_marker("stock") is None,
     )
     host.start()
     yield host

@@ -4,32 +4,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comfy_server import Checkout, Server
-from host_fixtures import CHECKPOINT_NAME, share_text_cache
+from comfy_server import Server
 from PIL import Image, ImageChops, ImageStat
 from test_page import SCREENSHOTS, run_script
-
-
-@pytest.fixture
-def stock_server(
-    checkout: Checkout, front_end: Path, checkpoint_file: Path, tmp_path: Path
-) -> Iterator[Server]:
-    """Nothing but our folder and the demo model; ComfyUI's own templates are not installed."""
-    share_text_cache(tmp_path)
-    host = Server(
-        checkout,
-        tmp_path,
-        checkpoints={CHECKPOINT_NAME: checkpoint_file},
-        front_end=front_end,
-        probe=False,
-    )
-    host.start()
-    yield host
-    host.stop()
 
 
 def _difference(before: Path, after: Path) -> float:
@@ -39,31 +19,30 @@ def _difference(before: Path, after: Path) -> float:
     return sum(levels) / len(levels)
 
 
+@pytest.mark.stock
 @pytest.mark.parametrize("renderer", ["classic", "vue"])
 def test_three_actions_to_the_first_forgotten_picture(
-    chromium: str, stock_server: Server, renderer: str
+    chromium: str, page_server: Server, renderer: str
 ) -> None:
-    version = stock_server.checkout.version
+    version = page_server.checkout.version
     if renderer == "vue":
         if version.startswith("0.3."):
             pytest.skip("this ComfyUI has no Nodes 2.0")
-        settings = stock_server.base / "user" / "default" / "comfy.settings.json"
+        settings = page_server.base / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(exist_ok=True)
         settings.write_text(json.dumps({"Comfy.VueNodes.Enabled": True}), "utf-8")
-    assert [file.name for file in (stock_server.base / "custom_nodes").iterdir()] == ["lacuna"]
+    assert [file.name for file in (page_server.base / "custom_nodes").iterdir()] == ["lacuna"]
     film = SCREENSHOTS / f"film_{version}_{renderer}"
     for old in SCREENSHOTS.glob(f"{film.name}_*.png"):
         old.unlink()
 
-    seen = run_script(
-        chromium, "first_picture.mjs", stock_server.url("/"), film, stock_server.output
-    )
+    seen = run_script(chromium, "first_picture.mjs", page_server.url("/"), film, page_server.output)
 
     assert seen["failures"] == []
     assert seen["actions"] == 3
     assert seen["first"] == seen["second"] == {"Before": [[64, 64]] * 4, "After": [[64, 64]] * 4}
     assert seen["restored"] == {"nodes": 14, "concepts": "owl -> tree"}
-    saved = stock_server.output / "lacuna"
+    saved = page_server.output / "lacuna"
     pairs = [
         [saved / f"{name}_{number:05}_.png" for name in ("before", "after")]
         for number in range(1, 9)  # four of the hamburger, four of the owl

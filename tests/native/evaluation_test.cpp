@@ -41,6 +41,15 @@ class FakeDetector final : public Detector {
   int64_t calls = 0;
 };
 
+// Sound weights, but pictures that overflow.
+class BrokenDenoiser final : public FakeDenoiser {
+ public:
+  using FakeDenoiser::FakeDenoiser;
+  at::Tensor denoise(const DenoiseRequest& request, AttentionTap* tap) override {
+    return FakeDenoiser::denoise(request, tap) * NAN;
+  }
+};
+
 class WrongDecoder final : public testing::FakeImageDecoder {
  public:
   at::Tensor decode(const at::Tensor& latent) override { return latent.unsqueeze(0); }
@@ -305,6 +314,14 @@ TEST_P(EvaluationTest, ThoroughAttacksAndListsWhatCameThrough) {
   EXPECT_EQ(json.at("cost").at("pairs"), result.pairs.size());
   EXPECT_NE(to_html(json.dump(), {}).find("Prompts that still show"), std::string::npos);
   EXPECT_EQ(draw_contact_sheet(result, summary).dim(), 4);
+}
+
+TEST_P(EvaluationTest, ABrokenModelIsCalledBrokenAtEveryLevel) {
+  BrokenDenoiser model(3, 16, device());
+  for (const EvaluationLevel level : {EvaluationLevel::kQuick, EvaluationLevel::kThorough}) {
+    options_.level = level;
+    EXPECT_NE(summarize(run(model)).verdict.at(0).find("is broken"), std::string::npos);
+  }
 }
 
 TEST_P(EvaluationTest, CountsUnderTheNamesOfPublishedBenchmarks) {

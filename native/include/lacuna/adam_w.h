@@ -8,6 +8,10 @@
 
 namespace lacuna {
 
+// Of a loss, taken off its gradients again: keeps those of float16 models above what float16 can
+// hold. A power of two: nothing else changes.
+inline constexpr double kLossScale = 1024.0;
+
 // AdamW (betas 0.9 and 0.999, weight decay 0.01, eps 1e-8) with gradients clipped to a common norm
 // of 1. Parameters are changed in place.
 class AdamW {

@@ -66,8 +66,8 @@ inline constexpr int64_t kLearningSteps = 60;
 // inversion of the erased concept.
 // text: of one prompt, [1, window, d]; tokens: [window], 1 on the phrase's places; latents:
 // [n, c, h, w], what the base model draws for the prompt. Returns [window, d] CPU; other places are
-// as they were. before_step(step) is called before every step and may throw. Throws Error when the
-// edited model predicts NaN.
+// as they were. before_step(step) is called before every step and may throw. Ends early when the
+// edited model predicts NaN: what it draws tells that it is broken.
 at::Tensor learned_context(Denoiser& edited, const TextEmbedding& text, const at::Tensor& tokens,
                            const at::Tensor& latents, at::Generator random,
                            const std::function<void(int64_t step)>& before_step);
