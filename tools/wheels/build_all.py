@@ -6,7 +6,8 @@ python tools/wheels/build_all.py --out dist [--minors 2.13 2.14] [--index URL]
 Every minor gets an environment of its own below --work, removed afterwards: a few GB of disk and
 several minutes of one CPU core each. --index names where torch comes from; for small downloads use
 https://download.pytorch.org/whl/cpu: the module is the same for CPU and GPU builds of torch. An
-environment that is there already, --work/torch-<version>, gets what it lacks, and is kept.
+environment that is there already, --work/torch-<version>, gets what it lacks, and is kept. A torch
+that cannot be installed is named and left out.
 """
 
 from __future__ import annotations
@@ -111,7 +112,12 @@ def build_all(minors: dict[str, str], work: Path, out: Path, index: str | None) 
     for minor, version in minors.items():
         environment = work / f"torch-{version}"
         kept_environment = environment.exists()
-        _environment(environment, version, index)
+        try:
+            _environment(environment, version, index)
+        except subprocess.CalledProcessError:
+            log.warning("torch %s cannot be installed here: no module for %s", version, minor)
+            shutil.rmtree(environment)
+            continue
         kept = work / minor / (wheel := _built(environment, minor)).name
         kept.parent.mkdir(exist_ok=True)
         shutil.copy(wheel, kept)
@@ -120,6 +126,8 @@ def build_all(minors: dict[str, str], work: Path, out: Path, index: str | None) 
         wheels[minor] = kept
         if not kept_environment:
             shutil.rmtree(environment)
+    if not wheels:
+        raise SystemExit("No torch could be installed, so there is no wheel.")
     merged = merge(list(wheels.values()), out)
     log.info("%s: torch %s", merged, ", ".join(torch_minors(merged)))
     return merged
