@@ -2,20 +2,20 @@
 #include "nodes/attention_refine_node.h"
 
 #include <cmath>
-#include <cstdio>
 
 #include "lacuna/attention_projection.h"
 #include "lacuna/erasure_patch.h"
 #include "lacuna/lora_export.h"
 #include "lacuna/low_rank.h"
+#include "lacuna/text.h"
 
 namespace lacuna {
 namespace {
 
 // Statistics of 50 SD1.x concepts; SDXL concepts are seven times larger.
-constexpr int64_t kCacheBytes = 768ll << 20;
+constexpr int64_t kRefineCacheBytes = 768ll << 20;
 
-RefinementOptions read_options(const NodeInputs& inputs) {
+RefinementOptions read_refinement_options(const NodeInputs& inputs) {
   RefinementOptions options;
   options.method = inputs.string("method");
   options.read_at = read_at_from_string(inputs.string("read_at"));
@@ -25,12 +25,6 @@ RefinementOptions read_options(const NodeInputs& inputs) {
   options.prior_weight = inputs.number("prior_weight");
   options.adversarial_rounds = static_cast<int>(inputs.integer("adversarial_rounds"));
   return options;
-}
-
-std::string format(const char* pattern, double a, double b = 0.0) {
-  char text[200];
-  std::snprintf(text, sizeof text, pattern, a, b);
-  return text;
 }
 
 std::string report(const Refinement& refinement, const LoraExport& lora, double relative_edit,
@@ -46,20 +40,21 @@ std::string report(const Refinement& refinement, const LoraExport& lora, double 
   text += ".\nPreserved: " + std::to_string(refinement.concepts.preserve.size()) +
           " phrases, general prior " + std::string(to_string(refinement.concepts.general_prior)) +
           ".";
-  text += format("\nEdit: %.1f %% of the projections' norm, condition number %.2g",
-                 100 * relative_edit, refinement.condition);
-  text +=
-      refinement.floor_added > 0.0 ? format(", floor %.2g added.", refinement.floor_added) : ".";
+  text += format_numbers("\nEdit: %.1f %% of the projections' norm, condition number %.2g",
+                         100 * relative_edit, refinement.condition);
+  text += refinement.floor_added > 0.0
+              ? format_numbers(", floor %.2g added.", refinement.floor_added)
+              : ".";
   text +=
       as_weights ? "\nApplied to the weights." : "\nApplied to the conditioning (packed weights).";
   text += "\nLoRA: rank " + std::to_string(lora.rank) +
-          format(", leaves out %.3g %% of the edit.", 100 * lora.residual);
+          format_numbers(", leaves out %.3g %% of the edit.", 100 * lora.residual);
   return text;
 }
 
 }  // namespace
 
-AttentionRefineNode::AttentionRefineNode() : cache_(kCacheBytes) {}
+AttentionRefineNode::AttentionRefineNode() : cache_(kRefineCacheBytes) {}
 
 const NodeSchema& AttentionRefineNode::schema() const {
   static const NodeSchema schema{
@@ -193,7 +188,7 @@ const NodeSchema& AttentionRefineNode::schema() const {
 void AttentionRefineNode::validate(const NodeInputs& constants) const {
   if (constants.has_all({"method", "matrices", "read_at", "regularization", "preserve_weight",
                          "prior_weight", "adversarial_rounds"})) {
-    lacuna::check(read_options(constants));
+    lacuna::check(read_refinement_options(constants));
   }
 }
 
@@ -201,7 +196,7 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
   const auto& model = inputs.get<std::shared_ptr<Denoiser>>("model");
   const auto& clip = inputs.get<std::shared_ptr<TextEncoder>>("clip");
   const ConceptSet& concepts = *inputs.get<std::shared_ptr<const ConceptSet>>("concepts");
-  const RefinementOptions options = read_options(inputs);
+  const RefinementOptions options = read_refinement_options(inputs);
   const double strength = inputs.number("strength");
   const std::string& apply_as = inputs.string("apply_as");
 

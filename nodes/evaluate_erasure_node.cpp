@@ -42,7 +42,7 @@ std::vector<FilePrompt> read_prompts(const NodeInputs& inputs, const std::string
   return file.empty() ? std::vector<FilePrompt>() : load_prompts(prompt_path(folder, file));
 }
 
-EvaluationOptions read_options(const NodeInputs& inputs) {
+EvaluationOptions read_evaluation_options(const NodeInputs& inputs) {
   EvaluationOptions options;
   options.level = evaluation_level_from_string(inputs.string("level"));
   options.prompts = inputs.integer("prompts");
@@ -257,7 +257,7 @@ const NodeSchema& EvaluateErasureNode::schema() const {
 void EvaluateErasureNode::validate(const NodeInputs& constants) const {
   if (constants.has_all({"level", "prompts", "images", "steps", "cfg", "sampler", "evaluation_seed",
                          "width", "height", "neighbours", "batch"})) {
-    read_options(constants);
+    read_evaluation_options(constants);
   }
   if (constants.has("prompt_file")) read_prompts(constants, input_folder_);
 }
@@ -273,7 +273,7 @@ std::string EvaluateErasureNode::outside_state(const NodeInputs& constants) cons
 }
 
 NodeResult EvaluateErasureNode::run(const NodeInputs& inputs, Progress& progress) {
-  EvaluationOptions options = read_options(inputs);
+  EvaluationOptions options = read_evaluation_options(inputs);
   options.detector_threshold = inputs.number("detector_threshold");
   options.file = read_prompts(inputs, input_folder_);
   options.file_name = inputs.string("prompt_file");

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kMostPictures = 64;  // of all concepts together, on the preview output
 
-LoraOptions read_options(const NodeInputs& inputs) {
+LoraOptions read_lora_options(const NodeInputs& inputs) {
   LoraOptions options;
   options.gradient = lora_gradient_from_string(inputs.string("gradient"));
   options.rank = inputs.integer("rank");
@@ -387,7 +387,7 @@ void LoraEraseNode::validate(const NodeInputs& constants) const {
                          "cfg", "width", "height", "focal", "focal_t1", "focal_t2",
                          "focal_sharpness", "mask_from", "tokens", "batch", "training_seed",
                          "refresh", "suppress_value"})) {
-    check_widgets(read_options(constants));
+    check_widgets(read_lora_options(constants));
   }
 }
 
@@ -395,7 +395,7 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   const auto& model = inputs.get<std::shared_ptr<Denoiser>>("model");
   const auto& clip = inputs.get<std::shared_ptr<TextEncoder>>("clip");
   const ConceptSet& set = *inputs.get<std::shared_ptr<const ConceptSet>>("concepts");
-  const LoraOptions options = read_options(inputs);
+  const LoraOptions options = read_lora_options(inputs);
 
   // Everything that can be refused is refused before the first prompt is encoded.
   check_widgets(options);

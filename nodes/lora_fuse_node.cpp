@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdio>
 #include <locale>
 #include <set>
 #include <sstream>
@@ -20,11 +19,11 @@
 namespace lacuna {
 namespace {
 
-constexpr int64_t kCacheBytes = 256ll << 20;  // preserved phrases and the general prior
+constexpr int64_t kFuseCacheBytes = 256ll << 20;  // preserved phrases and the general prior
 constexpr std::array<const char*, 4> kLorasInputs{"loras", "loras_2", "loras_3", "loras_4"};
 constexpr double kMaxStrength = 2.0;
 
-FusionOptions read_options(const NodeInputs& inputs) {
+FusionOptions read_fusion_options(const NodeInputs& inputs) {
   FusionOptions options;
   options.mode = fusion_mode_from_string(inputs.string("mode"));
   options.regularization = inputs.number("regularization");
@@ -73,12 +72,6 @@ std::string joined(const std::vector<std::string>& names, size_t shown) {
   std::string text;
   for (size_t i = 0; i < names.size() && i < shown; ++i) text += (i == 0 ? "" : ", ") + names[i];
   if (names.size() > shown) text += " and " + std::to_string(names.size() - shown) + " more";
-  return text;
-}
-
-std::string format(const char* pattern, double a, double b = 0.0) {
-  char text[200];
-  std::snprintf(text, sizeof text, pattern, a, b);
   return text;
 }
 
@@ -171,7 +164,7 @@ std::string report(const Selection& selection, const FusionOptions& options, con
   for (const auto& item : bundle.concepts) {
     std::string line = item->item.target + " -> " + item->item.anchor;
     const auto it = strength_of.find(fold_case(item->item.target));
-    if (it != strength_of.end()) line += format(" (%.3g)", it->second);
+    if (it != strength_of.end()) line += format_numbers(" (%.3g)", it->second);
     lines.push_back(std::move(line));
   }
   std::string text = "Fused " + std::to_string(n) + (n == 1 ? " concept" : " concepts") + " (" +
@@ -183,12 +176,13 @@ std::string report(const Selection& selection, const FusionOptions& options, con
   }
   text += "\nPreserved: " + std::to_string(bundle.preserve.size()) + " phrases, general prior " +
           std::string(to_string(bundle.general_prior)) + ".";
-  text += format("\nEdit: %.3g %% of the projections' norm, condition number %.2g",
-                 100 * lora.edit_norm / original_norm, fusion.condition);
-  text += fusion.floor_added > 0.0 ? format(", floor %.2g added.", fusion.floor_added) : ".";
+  text += format_numbers("\nEdit: %.3g %% of the projections' norm, condition number %.2g",
+                         100 * lora.edit_norm / original_norm, fusion.condition);
+  text +=
+      fusion.floor_added > 0.0 ? format_numbers(", floor %.2g added.", fusion.floor_added) : ".";
   text += strength == 0.0 ? "\nStrength 0: the model is unchanged." : "\nApplied to the weights.";
   text += "\nLoRA: rank " + std::to_string(lora.rank) +
-          format(", leaves out %.3g %% of the edit.", 100 * lora.residual);
+          format_numbers(", leaves out %.3g %% of the edit.", 100 * lora.residual);
   return text;
 }
 
@@ -202,7 +196,7 @@ InputSpec more_loras(const char* id, const char* name) {
 
 }  // namespace
 
-LoraFuseNode::LoraFuseNode() : cache_(kCacheBytes) {}
+LoraFuseNode::LoraFuseNode() : cache_(kFuseCacheBytes) {}
 
 const NodeSchema& LoraFuseNode::schema() const {
   static const NodeSchema schema{
@@ -329,7 +323,7 @@ void LoraFuseNode::validate(const NodeInputs& constants) const {
 NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   const auto& model = inputs.get<std::shared_ptr<Denoiser>>("model");
   const auto& clip = inputs.get<std::shared_ptr<TextEncoder>>("clip");
-  const FusionOptions options = read_options(inputs);
+  const FusionOptions options = read_fusion_options(inputs);
   const double strength = inputs.number("strength");
   const int64_t lora_rank = inputs.integer("lora_rank");
 

@@ -18,6 +18,7 @@
 #include <random>
 
 #include "lacuna/adam_w.h"
+#include "lacuna/concept_prompts.h"
 #include "lacuna/error.h"
 #include "lacuna/general_prior.h"
 #include "lacuna/latent_sampler.h"
@@ -32,14 +33,12 @@ namespace {
 
 // Of the adversarial map, relative to the mean eigenvalue of sum W^T W.
 constexpr double kRidge = 1e-2;
-constexpr double kNoiseFloor = 1e-10;
 constexpr double kEmphasis = 1.5;
 constexpr size_t kMostParaphrases = 16;
 constexpr size_t kSearchedWords = 8;
 constexpr size_t kPopulation = 16;
 constexpr size_t kParents = 4;
 constexpr int kGenerations = 16;
-constexpr size_t kPromptsPerCall = 4;
 // Of a learned embedding: a step moves a number by this share of the embedding's size, at
 // timesteps between these shares of the training timesteps.
 constexpr double kLearningRate = 0.05;

@@ -15,6 +15,7 @@
 
 #include "lacuna/attention_mask.h"
 #include "lacuna/attention_tap.h"
+#include "lacuna/concept_prompts.h"
 #include "lacuna/latent_sampler.h"
 #include "lacuna/random_stream.h"
 
@@ -24,13 +25,8 @@ namespace {
 // The first steps settle the layout; attention means little before.
 constexpr double kFirstMaskedShare = 0.3;
 // Shares of the training timesteps at which given pictures are looked at.
-constexpr double kLooks[] = {0.2, 0.3, 0.4, 0.5};
+constexpr double kMaskTimesteps[] = {0.2, 0.3, 0.4, 0.5};
 constexpr double kOutside = 0.35;  // brightness of what a mask leaves out
-
-TextEmbedding select(const TextEmbedding& text, const at::Tensor& rows) {
-  return {text.context.index_select(0, rows),
-          text.pooled.defined() ? text.pooled.index_select(0, rows) : at::Tensor()};
-}
 
 at::Tensor masks_from(const MapTap& tap) {
   const at::Tensor maps = tap.maps();
@@ -91,7 +87,7 @@ at::Tensor masks_of(Denoiser& model, const ConceptPrompts& prompts, const at::Te
     const at::Tensor latent = latents.narrow(0, i, 1);
     MapTap tap(prompts.tokens(TokenSet::kPhrase).narrow(0, 0, 1), latents.size(2), latents.size(3),
                progress);
-    for (const double share : kLooks) {
+    for (const double share : kMaskTimesteps) {
       progress.check();
       const double sigma = sigma_at(levels, share * static_cast<double>(levels.size(0) - 1));
       DenoiseRequest pass;

@@ -13,8 +13,6 @@
 namespace lacuna {
 namespace {
 
-constexpr size_t kPromptsPerCall = 4;  // well under two seconds on a desktop CPU
-
 at::Tensor on_cpu(const at::Tensor& tensor) {
   const at::Tensor moved = tensor.detach().to(at::kCPU, at::kFloat);
   return moved.is_inference() ? moved.clone() : moved;
@@ -92,6 +90,11 @@ ConceptPrompts encode_prompts(TextEncoder& encoder, const Concept& item, Progres
   }
   out.embedding = embed_in_batches(encoder, out.texts, progress);
   return out;
+}
+
+TextEmbedding select(const TextEmbedding& text, const at::Tensor& rows) {
+  return {text.context.index_select(0, rows),
+          text.pooled.defined() ? text.pooled.index_select(0, rows) : at::Tensor()};
 }
 
 }  // namespace lacuna

@@ -16,7 +16,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::string_view kFormat = "lacuna.concepts/1";
+constexpr std::string_view kConceptsFormat = "lacuna.concepts/1";
 constexpr size_t kMaxTextBytes = 4u << 20;
 constexpr size_t kMaxConcepts = 10'000;
 constexpr size_t kMaxPhraseBytes = 500;
@@ -310,7 +310,7 @@ std::vector<std::string> phrases(const Concept& item) {
 
 std::string to_json(const ConceptSet& set) {
   nlohmann::ordered_json root;
-  root["format"] = kFormat;
+  root["format"] = kConceptsFormat;
   root["general_prior"] = to_string(set.general_prior);
   root["concepts"] = json::array();
   for (const Concept& item : set.concepts) {
@@ -352,9 +352,9 @@ ConceptSet concept_set_from_json(std::string_view text) {
   }
   ObjectReader reader(root, "the concept JSON",
                       {"format", "concepts", "preserve", "general_prior"});
-  if (const std::string format = reader.string("format"); format != kFormat) {
-    throw Error("the concept JSON has format '" + format + "', expected '" + std::string(kFormat) +
-                "'");
+  if (const std::string format = reader.string("format"); format != kConceptsFormat) {
+    throw Error("the concept JSON has format '" + format + "', expected '" +
+                std::string(kConceptsFormat) + "'");
   }
   ConceptSet set;
   set.general_prior = general_prior_from_string(reader.string("general_prior", "small"));

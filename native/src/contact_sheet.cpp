@@ -112,7 +112,7 @@ std::vector<std::string> wrapped(const std::string& text, int64_t width) {
   return lines;
 }
 
-std::string percent(double share) {
+std::string in_percent(double share) {
   char text[16];
   std::snprintf(text, sizeof text, "%.0f %%", 100 * share);
   return text;
@@ -237,7 +237,7 @@ std::string in_numbers(const PicturePair& pair) {
     text = scores;
   }
   return text +
-         (std::isnan(pair.latent_change) ? "broken" : percent(pair.latent_change) + " changed");
+         (std::isnan(pair.latent_change) ? "broken" : in_percent(pair.latent_change) + " changed");
 }
 
 void draw_pair(Page& page, int64_t x, const Evaluation& evaluation, size_t index) {
@@ -287,7 +287,7 @@ void draw_list(Page& page, const Evaluation& evaluation, const ListSummary& list
                                        : ""),
                 std::to_string(hits.hits) + " of " + std::to_string(hits.trials) +
                     (should_vanish(list.list) ? " gone" : " kept") + ", 95 % interval " +
-                    percent(interval.low) + " to " + percent(interval.high));
+                    in_percent(interval.low) + " to " + in_percent(interval.high));
   for (int64_t i = 0; i < shown; ++i) {
     const int64_t column = i % columns;
     draw_pair(page, kMargin + column * (cell + kMargin), evaluation,
@@ -298,13 +298,6 @@ void draw_list(Page& page, const Evaluation& evaluation, const ListSummary& list
   }
 }
 
-const ListSummary* find_list(const EvaluationSummary& summary, PromptList list, int64_t index) {
-  const auto it = std::find_if(
-      summary.lists.begin(), summary.lists.end(),
-      [&](const ListSummary& item) { return item.list == list && item.concept_index == index; });
-  return it == summary.lists.end() ? nullptr : &*it;
-}
-
 void draw_bar(Page& page, const std::string& label, double share, Colour colour) {
   constexpr int64_t kLabel = 330, kFull = 600;
   page.text(kMargin, page.cursor, fitted(label, kLabel - kMargin), kInk);
@@ -312,7 +305,7 @@ void draw_bar(Page& page, const std::string& label, double share, Colour colour)
   const double drawn = std::isfinite(share) ? std::clamp(share, 0.0, 1.0) : 1.0;
   page.fill(kLabel, page.cursor + 3, static_cast<int64_t>(std::lround(kFull * drawn)), kLine - 8,
             colour);
-  page.text(kLabel + kFull + kMargin, page.cursor, percent(share), kInk);
+  page.text(kLabel + kFull + kMargin, page.cursor, in_percent(share), kInk);
   page.cursor += kLine;
 }
 

@@ -9,7 +9,7 @@
 
 namespace lacuna {
 namespace {
-constexpr std::string_view kFormat = "lacuna.patch/1";
+constexpr std::string_view kPatchFormat = "lacuna.patch/1";
 constexpr std::string_view kB = ".b";
 constexpr std::string_view kR = ".r";
 }  // namespace
@@ -38,7 +38,7 @@ void save_patch(const ErasurePatch& patch, const std::string& path) {
     file.tensors[name + std::string(kR)] = pair.r;
   }
   file.metadata = patch.metadata;
-  file.metadata["format"] = kFormat;
+  file.metadata["format"] = kPatchFormat;
   file.metadata["matrices"] = to_string(patch.matrices);
   save_safetensors(file, path);
 }
@@ -48,7 +48,7 @@ ErasurePatch load_patch(const std::string& path) {
   const auto fail = [&](const std::string& what) {
     return Error("'" + path + "' is not a Lacuna patch: " + what);
   };
-  if (file.metadata["format"] != kFormat) throw fail("its format is not lacuna.patch/1");
+  if (file.metadata["format"] != kPatchFormat) throw fail("its format is not lacuna.patch/1");
   ErasurePatch patch;
   patch.matrices = edited_matrices_from_string(file.metadata["matrices"]);
   file.metadata.erase("format");

@@ -62,11 +62,6 @@ class Work {
   std::chrono::steady_clock::time_point start_;
 };
 
-TextEmbedding select(const TextEmbedding& text, const at::Tensor& rows) {
-  return {text.context.index_select(0, rows),
-          text.pooled.defined() ? text.pooled.index_select(0, rows) : at::Tensor()};
-}
-
 TextEmbedding join(const TextEmbedding& a, const TextEmbedding& b) {
   return {at::cat({a.context, b.context}),
           a.pooled.defined() ? at::cat({a.pooled, b.pooled}) : at::Tensor()};

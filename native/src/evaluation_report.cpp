@@ -106,15 +106,6 @@ ListSummary summarize_list(const Evaluation& evaluation, PromptList list, int64_
   return out;
 }
 
-const ListSummary* find_list(const EvaluationSummary& summary, PromptList list, int64_t index) {
-  for (const ListSummary& item : summary.lists) {
-    if (item.list == list && item.concept_index == index && item.seen_after.trials > 0) {
-      return &item;
-    }
-  }
-  return nullptr;
-}
-
 double mean_of(const std::vector<double>& values) {
   if (values.empty()) return kUnknown;
   double sum = 0.0;
@@ -704,6 +695,15 @@ std::string failing_table(const ordered_json& failing) {
 }
 
 }  // namespace
+
+const ListSummary* find_list(const EvaluationSummary& summary, PromptList list, int64_t index) {
+  for (const ListSummary& item : summary.lists) {
+    if (item.list == list && item.concept_index == index && item.seen_after.trials > 0) {
+      return &item;
+    }
+  }
+  return nullptr;
+}
 
 Count ListSummary::hits() const {
   if (should_vanish(list)) return {seen_after.trials - seen_after.hits, seen_after.trials};

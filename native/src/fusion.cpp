@@ -13,13 +13,13 @@
 
 #include "lacuna/error.h"
 #include "lacuna/lora_bundle.h"
+#include "lacuna/option_range.h"
 #include "lacuna/spd_solver.h"
 #include "lacuna/text.h"
 
 namespace lacuna {
 namespace {
 
-constexpr double kNoiseFloor = 1e-10;  // see refinement.cpp
 // Right-hand sides solved at once: bounds memory, and the time between cancellation checks.
 constexpr int64_t kColumnsPerSolve = 1024;
 
@@ -63,14 +63,9 @@ FusionMode fusion_mode_from_string(std::string_view text) {
 }
 
 void check(const FusionOptions& options) {
-  const auto check_range = [](double value, const char* name) {
-    if (!(value >= 0.0 && value <= 1e9)) {
-      throw Error("'" + std::string(name) + "' must be between 0 and 1e9");
-    }
-  };
-  check_range(options.regularization, "regularization");
-  check_range(options.preserve_weight, "preserve_weight");
-  check_range(options.prior_weight, "prior_weight");
+  check_range(options.regularization, 0, 1e9, "regularization");
+  check_range(options.preserve_weight, 0, 1e9, "preserve_weight");
+  check_range(options.prior_weight, 0, 1e9, "prior_weight");
 }
 
 void FusionSums::add(std::shared_ptr<const ConceptLora> item) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "embedded_lines.h"
+#include "lacuna/concept_prompts.h"
 #include "lacuna/error.h"
 #include "lacuna/safetensors_file.h"
 #include "lacuna/text.h"
@@ -19,7 +20,6 @@ namespace lacuna {
 namespace {
 
 constexpr size_t kSmallCaptions = 200;
-constexpr size_t kCaptionsPerCall = 4;  // see kPromptsPerCall in refinement.cpp
 // Raised when the captions change, so that old cache files are not used.
 constexpr std::string_view kCaptionsVersion = "1";
 
@@ -95,8 +95,8 @@ at::Tensor general_prior_gram(TextEncoder& encoder, GeneralPriorSize size, Progr
     if (auto known = read_cache(cache, d)) return *known;
   }
 
-  for (size_t begin = 0; begin < captions.size(); begin += kCaptionsPerCall) {
-    const size_t end = std::min(captions.size(), begin + kCaptionsPerCall);
+  for (size_t begin = 0; begin < captions.size(); begin += kPromptsPerCall) {
+    const size_t end = std::min(captions.size(), begin + kPromptsPerCall);
     progress.check();
     const std::vector<std::string> batch(captions.begin() + begin, captions.begin() + end);
     const at::Tensor rows = encoder.encode(batch).reshape({-1, d}).to(at::kCPU, at::kDouble);

@@ -22,7 +22,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::string_view kFormat = "lacuna.bundle/1";
+constexpr std::string_view kBundleFormat = "lacuna.bundle/1";
 constexpr int64_t kMaxWidth = 16'384;
 
 std::string quoted(const std::string& text) { return "'" + text + "'"; }
@@ -282,7 +282,7 @@ void save_bundle(const LoraBundle& bundle, const std::string& path) {
     }
     training.push_back(item.training);
   }
-  file.metadata["format"] = kFormat;
+  file.metadata["format"] = kBundleFormat;
   file.metadata["width"] = std::to_string(bundle.concepts.front()->prompt_gram.size(0));
   file.metadata["concepts"] = to_json(concept_set_of(bundle));
   try {
@@ -307,7 +307,7 @@ LoraBundle load_bundle(const std::string& path) {
     return it->second;
   };
   if (const auto it = file.metadata.find("format");
-      it == file.metadata.end() || it->second != kFormat) {
+      it == file.metadata.end() || it->second != kBundleFormat) {
     throw fail("its format is not lacuna.bundle/1; a LoRA file cannot be fused, only a bundle");
   }
   if (meta("checksum") != checksum_of(file)) {

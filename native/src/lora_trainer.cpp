@@ -29,6 +29,7 @@
 #include "lacuna/concept_images.h"
 #include "lacuna/error.h"
 #include "lacuna/latent_sampler.h"
+#include "lacuna/option_range.h"
 #include "lacuna/prompt_templates.h"
 #include "lacuna/random_stream.h"
 
@@ -615,13 +616,6 @@ class Trainer {
   std::vector<std::string> anchor_prompts_;
   at::Tensor anchor_;
 };
-
-void check_range(double value, double low, double high, const char* name) {
-  if (value >= low && value <= high) return;
-  char text[160];
-  std::snprintf(text, sizeof text, "'%s' must be between %g and %g", name, low, high);
-  throw Error(text);
-}
 
 void check_images(const TrainingImages& images) {
   if (!images.latents.defined()) {

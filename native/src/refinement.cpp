@@ -11,22 +11,16 @@
 #include <algorithm>
 #include <cmath>
 
+#include "lacuna/concept_prompts.h"
 #include "lacuna/error.h"
 #include "lacuna/general_prior.h"
+#include "lacuna/option_range.h"
 #include "lacuna/prompt_templates.h"
 #include "lacuna/spd_solver.h"
 #include "lacuna/token_alignment.h"
 
 namespace lacuna {
 namespace {
-
-// Small enough that one call stays well under the two seconds between cancellation checks on a
-// desktop CPU, large enough to fill a GPU.
-constexpr int64_t kPromptsPerCall = 4;
-
-// Embeddings carry float32 rounding; eigenvalues of a Gram matrix below this share of the largest
-// one are noise.
-constexpr double kNoiseFloor = 1e-10;
 
 // Ridge of the adversarial embeddings, relative to the mean eigenvalue of sum W^T W.
 constexpr double kAdversarialRidge = 1e-2;
@@ -288,13 +282,6 @@ class KeptTextCollector {
   at::Tensor preserve_;
   at::Tensor prior_;
 };
-
-void check_range(double value, double low, double high, const char* name) {
-  if (!(value >= low && value <= high)) {
-    throw Error("'" + std::string(name) + "' must be between " + std::to_string(low) + " and " +
-                std::to_string(high));
-  }
-}
 
 }  // namespace
 

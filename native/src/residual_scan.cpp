@@ -14,6 +14,7 @@
 #include <set>
 
 #include "lacuna/attention_projection.h"
+#include "lacuna/concept_prompts.h"
 #include "lacuna/error.h"
 #include "lacuna/general_prior.h"
 #include "lacuna/safetensors_file.h"
@@ -25,7 +26,6 @@ namespace lacuna {
 namespace {
 
 constexpr std::string_view kPrefix = "a photo of ";
-constexpr size_t kPromptsPerCall = 4;
 constexpr size_t kMostWords = 256;
 constexpr size_t kShownWords = 10;
 constexpr size_t kClosestWords = 40;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lacuna/text.h"
 
+#include <cstdio>
+
 namespace lacuna {
 namespace {
 bool is_space(char c) {
@@ -42,6 +44,12 @@ std::vector<std::string> split_lines(std::string_view text) {
     }
   }
   return lines;
+}
+
+std::string format_numbers(const char* pattern, double a, double b) {
+  char text[200];
+  std::snprintf(text, sizeof text, pattern, a, b);
+  return text;
 }
 
 }  // namespace lacuna

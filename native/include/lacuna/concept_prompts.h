@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstddef>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -34,8 +35,15 @@ struct ConceptPrompts {
 
 ConceptPrompts encode_prompts(TextEncoder& encoder, const Concept& item, Progress& progress);
 
+// Small enough that one call stays well under the two seconds between cancellation checks on a
+// desktop CPU, large enough to fill a GPU.
+inline constexpr size_t kPromptsPerCall = 4;
+
 // Prompts in small batches, on the CPU, never as inference tensors.
 TextEmbedding embed_in_batches(TextEncoder& encoder, const std::vector<std::string>& prompts,
                                Progress& progress);
+
+// The prompts with these numbers, [n] int64.
+TextEmbedding select(const TextEmbedding& text, const at::Tensor& rows);
 
 }  // namespace lacuna

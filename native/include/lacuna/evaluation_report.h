@@ -70,6 +70,9 @@ struct EvaluationSummary {
 
 EvaluationSummary summarize(const Evaluation& evaluation);
 
+// The list of a concept, or with -1 of the whole set; null where nothing was counted.
+const ListSummary* find_list(const EvaluationSummary& summary, PromptList list, int64_t index);
+
 // The concepts with what came through as further synonyms, to be erased with them: the phrases of
 // failing prompts, where they can be phrases of a Concept Set.
 ConceptSet with_failing_prompts(const Evaluation& evaluation, const EvaluationSummary& summary);

@@ -5,6 +5,10 @@
 
 namespace lacuna {
 
+// Embeddings carry float32 rounding: eigenvalues of a Gram matrix below this share of the largest
+// one are noise.
+inline constexpr double kNoiseFloor = 1e-10;
+
 // One float64 Cholesky factorisation of a symmetric positive definite matrix, shared by every
 // solve that needs it. No explicit inverse. Runs on the CPU: consumer GPUs have no fast float64.
 class SpdSolver {

@@ -7,7 +7,7 @@
 
 namespace lacuna {
 
-// Small text rules shared by everything that reads what a person typed.
+// Small text rules shared by everything that reads what a person typed, or writes reports.
 
 // Leading and trailing white space removed, inner runs collapsed to one space.
 std::string normalize_phrase(std::string_view text);
@@ -17,5 +17,8 @@ std::string fold_case(std::string_view text);
 
 // Splits at any of "\n", "\r\n", "\r".
 std::vector<std::string> split_lines(std::string_view text);
+
+// printf's pattern with one or two numbers; at most 199 bytes.
+std::string format_numbers(const char* pattern, double a, double b = 0.0);
 
 }  // namespace lacuna
