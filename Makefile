@@ -6,7 +6,7 @@ VENV ?= .venv
 # The torch to build against. On a machine that should use another one: make test TORCH=torch==2.9.1
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc)
-# Several sources are compiled as one: a third of the time. OFF suits whoever edits one file after another.
+# Several sources are compiled as one, which is quicker. OFF suits whoever edits one file after another.
 UNITY ?= ON
 # Test processes; each may start a ComfyUI of its own (3 GB).
 WORKERS ?= 2
