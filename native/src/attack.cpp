@@ -19,7 +19,6 @@
 
 #include "lacuna/adam_w.h"
 #include "lacuna/concept_prompts.h"
-#include "lacuna/error.h"
 #include "lacuna/general_prior.h"
 #include "lacuna/latent_sampler.h"
 #include "lacuna/prompt_templates.h"

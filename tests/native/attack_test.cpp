@@ -15,7 +15,6 @@
 #include "lacuna/random_stream.h"
 #include "lacuna/residual_scan.h"
 #include "support/fake_host.h"
-#include "support/message_of.h"
 #include "support/random_data.h"
 
 namespace lacuna {

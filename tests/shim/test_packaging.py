@@ -167,3 +167,31 @@ def test_wheels_of_other_sources_are_refused(tmp_path: Path) -> None:
     other = first.rename(tmp_path / "lacuna-0.2.0-cp311-cp311-linux_x86_64.whl")
     with pytest.raises(merge.WheelsDiffer, match="Wheels of one name"):
         merge.merge([other, _wheel(tmp_path / "d", "214")], tmp_path)
+
+
+def test_a_torch_that_cannot_be_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def environment(folder: Path, version: str, index: str | None) -> None:
+        folder.mkdir(exist_ok=True)
+        if version == "2.15.0":
+            raise subprocess.CalledProcessError(1, "pip")
+
+    def built(folder: Path, minor: str) -> Path:
+        wheel = folder / "lacuna-1-cp311-cp311-linux_x86_64.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"lacuna/_lacuna_t{minor.replace('.', '')}.cp311.so", "module")
+            archive.writestr("lacuna-1.dist-info/RECORD", "")
+        return wheel
+
+    monkeypatch.setattr(build_all, "_environment", environment)
+    monkeypatch.setattr(build_all, "_built", built)
+    theirs = tmp_path / "torch-2.15.0"
+    theirs.mkdir()
+    with pytest.raises(SystemExit, match=r"lacks torch 2\.15\.0"):
+        build_all.build_all({"2.14": "2.14.1", "2.15": "2.15.0"}, tmp_path, tmp_path / "out", None)
+    assert theirs.is_dir() and not (tmp_path / "torch-2.14.1").exists()
+    (wheel,) = (tmp_path / "out").iterdir()
+    assert merge.torch_minors(wheel) == ["2.14"]
+    with pytest.raises(SystemExit, match="No torch"):
+        build_all.build_all({"2.15": "2.15.0"}, tmp_path, tmp_path / "none", None)

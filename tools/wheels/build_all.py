@@ -7,7 +7,7 @@ Every minor gets an environment of its own below --work, removed afterwards: a f
 several minutes of one CPU core each. --index names where torch comes from; for small downloads use
 https://download.pytorch.org/whl/cpu: the module is the same for CPU and GPU builds of torch. An
 environment that is there already, --work/torch-<version>, gets what it lacks, and is kept. A torch
-that cannot be installed is named and left out.
+that cannot be installed is left out, which ends in an error that names it, after the other minors.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def _try(environment: Path, wheel: Path, script: str) -> None:
 
 def build_all(minors: dict[str, str], work: Path, out: Path, index: str | None) -> Path:
     wheels: dict[str, Path] = {}
+    left_out: list[str] = []
     for minor, version in minors.items():
         environment = work / f"torch-{version}"
         kept_environment = environment.exists()
@@ -116,7 +117,9 @@ def build_all(minors: dict[str, str], work: Path, out: Path, index: str | None) 
             _environment(environment, version, index)
         except subprocess.CalledProcessError:
             log.warning("torch %s cannot be installed here: no module for %s", version, minor)
-            shutil.rmtree(environment)
+            left_out.append(version)
+            if not kept_environment:
+                shutil.rmtree(environment)
             continue
         kept = work / minor / (wheel := _built(environment, minor)).name
         kept.parent.mkdir(exist_ok=True)
@@ -127,9 +130,13 @@ def build_all(minors: dict[str, str], work: Path, out: Path, index: str | None) 
         if not kept_environment:
             shutil.rmtree(environment)
     if not wheels:
-        raise SystemExit("No torch could be installed, so there is no wheel.")
+        raise SystemExit(
+            "No torch could be installed, so there is no wheel: see what pip says above."
+        )
     merged = merge(list(wheels.values()), out)
     log.info("%s: torch %s", merged, ", ".join(torch_minors(merged)))
+    if left_out:
+        raise SystemExit(f"{merged} lacks torch {', '.join(left_out)}: pip could not install it.")
     return merged
 
 
