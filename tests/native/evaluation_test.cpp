@@ -232,7 +232,7 @@ TEST_P(EvaluationTest, AnImageEncoderComparesWhatPicturesMean) {
   EXPECT_TRUE(images.compares_images && !images.compares_texts);
   for (size_t i = 0; i < images.pairs.size(); ++i) {
     const auto mean = [&](const at::Tensor& pictures) {
-      return pictures[static_cast<int64_t>(i)].to(at::kDouble).mean({0, 1});
+      return pictures[static_cast<int64_t>(i)].to(at::kDouble).mean(at::IntArrayRef{0, 1});
     };
     const at::Tensor a = mean(images.before), b = mean(images.after);
     EXPECT_NEAR(images.pairs[i].image_similarity,
@@ -251,7 +251,7 @@ TEST_P(EvaluationTest, AnImageEncoderComparesWhatPicturesMean) {
   const Evaluation both = run_with(pooled, *model);
   EXPECT_TRUE(both.compares_texts);
   EXPECT_FALSE(says(summarize(both), "were not trained together"));
-  const at::Tensor after = both.after[0].to(at::kDouble).mean({0, 1});
+  const at::Tensor after = both.after[0].to(at::kDouble).mean(at::IntArrayRef{0, 1});
   EXPECT_NEAR(both.pairs[0].text_similarity_after,
               (after.sum() / (after.norm() * std::sqrt(3.0))).item<double>(), 1e-6);
   const auto json = nlohmann::json::parse(to_json(both, summarize(both)));

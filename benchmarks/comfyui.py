@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What LoRA Erase takes inside a real ComfyUI on a GPU: checkpoints of full size, float16.
+
+COMFYUI_DIR=... python benchmarks/comfyui.py sd15 512 --concepts 4
+COMFYUI_DIR=... python benchmarks/comfyui.py sdxl 1024 --concepts 1
+
+The checkpoint has random weights in the shapes of SD1.5 or SDXL, and a small VAE. The graph,
+Concept Set and LoRA Erase, is queued over HTTP with every widget of LoRA Erase at its default but
+for the size. A short run goes first, which loads the model and the kernels. Wall seconds of the
+queued graph, and the most memory of the card that ComfyUI's torch held. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMFYUI_TESTS = REPOSITORY / "tests" / "comfyui"
+sys.path[:0] = [str(REPOSITORY / "tools" / "demo_model"), str(COMFYUI_TESTS)]
+
+import expand  # noqa: E402
+from comfy_server import Graph, Server, find_checkouts, host_environment  # noqa: E402
+from graphs import Builder, defaults  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+FAMILIES = ("sd15", "sdxl")
+CONCEPTS = ("hamburger -> apple", "owl -> tree", "ship -> house", "car -> rose")
+CHECKPOINT = "random.safetensors"
+ERASE = "LacunaLoRAErase"
+SHORT = {"steps": 2, "images": 1, "sampling_steps": 1}
+
+
+# --------------------------------------------------------------------------- checkpoint
+
+
+def lively(name: str, shape: torch.Size, device: str) -> torch.Tensor:
+    """Random weights that keep activations finite at every depth."""
+    if len(shape) > 1:
+        return torch.randn(shape, device=device) * (0.7 * shape[1:].numel() ** -0.5)
+    return torch.full(shape, float(name.endswith("weight")))
+
+
+def write_checkpoint(family: str, out: Path, device: str) -> None:
+    """Runs in a process of its own, which imports ComfyUI."""
+    sys.path[:0] = [os.environ["COMFYUI_DIR"], str(COMFYUI_TESTS / "in_process")]
+    from comfy.cli_args import args
+
+    args.cpu = True
+    import comfy.sd1_clip
+    import comfy.sdxl_clip
+    import comfy.supported_models
+    from check_lora_names import SD15, SDXL
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    sdxl = family == "sdxl"
+    shape = SDXL if sdxl else SD15
+    encoder = comfy.sdxl_clip.SDXLClipModel if sdxl else comfy.sd1_clip.SD1ClipModel
+    config = (comfy.supported_models.SDXL if sdxl else comfy.supported_models.SD15)(dict(shape))
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        unet, text = UNetModel(**shape).state_dict(), encoder().state_dict()
+    weights = {expand.UNET_PREFIX + name: lively(name, w.shape, device) for name, w in unet.items()}
+    weights |= config.process_clip_state_dict_for_saving(
+        {name: lively(name, w.shape, device) for name, w in text.items()}
+    )
+    small = load_file(expand.write_checkpoint(out.parent, random=True))
+    weights |= {name: w for name, w in small.items() if name.startswith(expand.VAE_PREFIX)}
+    save_file({name: w.half().cpu().contiguous() for name, w in weights.items()}, out)
+
+
+# --------------------------------------------------------------------------- runs
+
+
+def train(build: Builder, concepts: int, **widgets: object) -> Graph:
+    text = {"concepts": "\n".join(CONCEPTS[:concepts]), "preserve": "", "templates": 30}
+    graph = build.checkpoint(CHECKPOINT) | build.concepts(**text) | build.erase(**widgets)
+    del graph["erase"]["inputs"]["refinement"]
+    save = {"loras": ["erase", 0], "filename_prefix": "bundle"}
+    return graph | {"save": {"class_type": "LacunaSaveBundle", "inputs": save}}
+
+
+def measured(server: Server, graph: Graph) -> dict[str, float]:
+    """Seconds until the graph is done, and the peak of what torch holds of the card, in MB."""
+    begin, peak = time.monotonic(), 0
+    prompt_id = server.queue(graph)
+    while prompt_id not in server.get(f"/history/{prompt_id}"):
+        time.sleep(0.05)
+        peak = max(peak, server.get("/system_stats")["devices"][0]["torch_vram_total"])
+    seconds = time.monotonic() - begin
+    run = server.wait(prompt_id)
+    if run.status != "success":
+        raise SystemExit(f"{run.error}\n{server.log_tail()}")
+    return {"seconds": round(seconds, 2), "peak_mb": round(peak / 2**20)}
+
+
+def measure(family: str, size: int, concepts: int, device: str) -> dict:
+    schemas = json.loads((REPOSITORY / "python_shim/node_schemas.json").read_text("utf-8"))
+    build = Builder(schemas)
+    picture = {"width": size, "height": size}
+    checkouts = find_checkouts()
+    if not checkouts:
+        raise SystemExit("there is no ComfyUI: set COMFYUI_DIR to a checkout.")
+    checkout = checkouts[0]
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        file = base / CHECKPOINT
+        write = [sys.executable, __file__, family, str(size), "--write", str(file)]
+        write += ["--device", device]
+        environment = host_environment(device, COMFYUI_DIR=str(checkout.folder))
+        subprocess.run(write, check=True, env=environment)
+        server = Server(checkout, base, checkpoints={CHECKPOINT: file}, device=device, probe=False)
+        server.start()
+        try:
+            widgets = defaults(schemas, ERASE) | picture
+            server.run(train(build, concepts, **widgets | SHORT | {"gradient": "cached"}), 3600)
+            figures = {
+                "comfyui": checkout.version,
+                "torch": torch.__version__,
+                "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+                "concepts": concepts,
+            }
+            for gradient in ("cached", "full"):  # torch keeps what it has had: the larger one last
+                graph = train(build, concepts, **widgets | {"gradient": gradient})
+                figures[gradient] = measured(server, graph)
+            return figures
+        finally:
+            server.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("size", type=int, help="width and height of the pictures, in pixels")
+    parser.add_argument("--concepts", type=int, default=1, choices=range(1, len(CONCEPTS) + 1))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--write", type=Path, metavar="FILE", help="only write the checkpoint")
+    arguments = parser.parse_args()
+    if arguments.write is not None:
+        write_checkpoint(arguments.family, arguments.write, arguments.device)
+        return
+    figures = measure(arguments.family, arguments.size, arguments.concepts, arguments.device)
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
