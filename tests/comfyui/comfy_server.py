@@ -138,7 +138,11 @@ class Run:
 
 
 class Server:
-    """A started host. `base` is its --base-directory; `probe` adds the tests' own nodes to ours."""
+    """A started host.
+
+    `base` is its --base-directory, `pack_name` our folder below custom_nodes; `probe` adds the
+    tests' own nodes.
+    """
 
     def __init__(
         self,
@@ -150,6 +154,7 @@ class Server:
         front_end: Path | None = None,
         device: str = "cpu",
         probe: bool = True,
+        pack_name: str = "lacuna",
     ) -> None:
         self.checkout = checkout
         self.base = base
@@ -159,7 +164,7 @@ class Server:
         folders = ("models/checkpoints", "models/loras", "custom_nodes", "input", "output", "user")
         for folder in folders:
             (base / folder).mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / "lacuna").symlink_to(pack)
+        (base / "custom_nodes" / pack_name).symlink_to(pack)
         if probe:
             (base / "custom_nodes" / "lacuna_test_probe").symlink_to(PROBE_PACK)
         for name, file in (checkpoints or {}).items():

@@ -16,11 +16,12 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 @pytest.fixture(scope="module")
 def crippled(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The pack with a module for another torch only; were it opened, it would fail to load."""
+    """The pack in a folder as unpacked from an archive, with a module for another torch only; were
+    it opened, it would fail to load."""
     folder = tmp_path_factory.mktemp(f"degraded-{checkout.name}")
     pack = copy_pack(folder / "lacuna")
     (pack / "python_shim" / f"_lacuna_t299{SUFFIX}").write_bytes(b"\x7fELF not a module")
-    server = Server(checkout, folder / "base", pack=pack, checkpoints={})
+    server = Server(checkout, folder / "base", pack=pack, pack_name="lacuna-main")
     server.start()
     yield server
     server.stop()

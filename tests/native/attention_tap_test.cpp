@@ -4,6 +4,7 @@
 #include "lacuna/attention_tap.h"
 
 #include <torch/csrc/autograd/autograd.h>
+#include <algorithm>
 
 #include "lacuna/attention_mask.h"
 #include "lacuna/attention_projection.h"
@@ -195,11 +196,15 @@ TEST_P(AttentionTapTest, GradientsAreThoseOfThePlainFormula) {
   const auto expected = torch::autograd::grad({plain.loss}, wanted, {}, std::nullopt, false, true);
   EXPECT_LT(relative_difference(losses.sum(), plain.loss.detach()), 1e-10);
   ASSERT_EQ(ours.size(), expected.size());
+  double largest = 0.0;  // saturated attention leaves some layers little but rounding
+  for (const at::Tensor& gradient : expected) {
+    if (gradient.defined()) largest = std::max(largest, gradient.norm().item<double>());
+  }
   int compared = 0;
   for (size_t i = 0; i < ours.size(); ++i) {
     ASSERT_EQ(ours[i].defined(), expected[i].defined()) << i;
     if (!ours[i].defined()) continue;
-    EXPECT_LT(relative_difference(ours[i], expected[i]), 1e-10) << i;
+    EXPECT_LT((ours[i] - expected[i]).norm().item<double>(), 1e-10 * largest) << i;
     ++compared;
   }
   // Invariant 25: only the last layer's value pair is without gradient, in both concepts.
