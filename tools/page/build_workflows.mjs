@@ -26,7 +26,7 @@ Strength 1.0 of that LoRA is the strength set in **Attention Refine**. The repor
   erase_style_keep_neighbours: `One style is erased, the styles next to it are listed under *preserve* and stay. The lower pictures show one of those.
 
 *kind* is **style**, so phrases are read in prompts about pictures and artists. Write *van gogh style -> art*, preserve the painters near him, and set both prompts.`,
-  erase_100_names_from_preset: `The text in **Concept Set** is a list from the folder *presets*: a hundred names, and thirty that stay. The lower pictures show one of those.
+  erase_100_names_from_preset: `The text in **Concept Set** is a list from the folder *presets*: a hundred names, and thirty that stay. The lower pictures show one of those. *regularization* is 100 here, about 1 for each name: with a short list lower it.
 
 Open another list, e.g. *artists_100.json*, copy all of it into *concepts*, and change both prompts. The page *presets* of the documentation says how to write and share lists.`,
   full_pipeline_with_evaluation: `All of MACE: **Attention Refine** edits the words around the concept, **LoRA Erase** trains one small LoRA for each concept, **LoRA Fuse** joins them, **Evaluate Erasure** draws before and after and counts.
