@@ -28,7 +28,7 @@ COMFYUI_TESTS = REPOSITORY / "tests" / "comfyui"
 sys.path[:0] = [str(REPOSITORY / "tools" / "demo_model"), str(COMFYUI_TESTS)]
 
 import expand  # noqa: E402
-from comfy_server import Graph, Server, find_checkouts, host_environment  # noqa: E402
+from comfy_server import Graph, Server, first_checkout, host_environment  # noqa: E402
 from graphs import Builder, defaults  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -42,14 +42,7 @@ SHORT = {"steps": 2, "images": 1, "sampling_steps": 1}
 # --------------------------------------------------------------------------- checkpoint
 
 
-def lively(name: str, shape: torch.Size, device: str) -> torch.Tensor:
-    """Random weights that keep activations finite at every depth."""
-    if len(shape) > 1:
-        return torch.randn(shape, device=device) * (0.7 * shape[1:].numel() ** -0.5)
-    return torch.full(shape, float(name.endswith("weight")))
-
-
-def write_checkpoint(family: str, out: Path, device: str) -> None:
+def write_checkpoint(family: str, out: Path) -> None:
     """Runs in a process of its own, which imports ComfyUI."""
     sys.path[:0] = [os.environ["COMFYUI_DIR"], str(COMFYUI_TESTS / "in_process")]
     from comfy.cli_args import args
@@ -65,16 +58,18 @@ def write_checkpoint(family: str, out: Path, device: str) -> None:
     shape = SDXL if sdxl else SD15
     encoder = comfy.sdxl_clip.SDXLClipModel if sdxl else comfy.sd1_clip.SD1ClipModel
     config = (comfy.supported_models.SDXL if sdxl else comfy.supported_models.SD15)(dict(shape))
-    torch.manual_seed(1)
     with torch.device("meta"):
-        unet, text = UNetModel(**shape).state_dict(), encoder().state_dict()
-    weights = {expand.UNET_PREFIX + name: lively(name, w.shape, device) for name, w in unet.items()}
-    weights |= config.process_clip_state_dict_for_saving(
-        {name: lively(name, w.shape, device) for name, w in text.items()}
+        parts = [UNetModel(**shape).state_dict(), encoder().state_dict()]
+    generator = torch.Generator().manual_seed(1)
+    unet, text = (
+        expand.lively_weights({name: w.shape for name, w in part.items()}, generator, gain=0.7)
+        for part in parts
     )
+    weights = {expand.UNET_PREFIX + name: w for name, w in unet.items()}
+    weights |= config.process_clip_state_dict_for_saving(text)
     small = load_file(expand.write_checkpoint(out.parent, random=True))
     weights |= {name: w for name, w in small.items() if name.startswith(expand.VAE_PREFIX)}
-    save_file({name: w.half().cpu().contiguous() for name, w in weights.items()}, out)
+    save_file({name: w.half().contiguous() for name, w in weights.items()}, out)
 
 
 # --------------------------------------------------------------------------- runs
@@ -106,15 +101,11 @@ def measure(family: str, size: int, concepts: int, device: str) -> dict:
     schemas = json.loads((REPOSITORY / "python_shim/node_schemas.json").read_text("utf-8"))
     build = Builder(schemas)
     picture = {"width": size, "height": size}
-    checkouts = find_checkouts()
-    if not checkouts:
-        raise SystemExit("there is no ComfyUI: set COMFYUI_DIR to a checkout.")
-    checkout = checkouts[0]
+    checkout = first_checkout()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         file = base / CHECKPOINT
         write = [sys.executable, __file__, family, str(size), "--write", str(file)]
-        write += ["--device", device]
         environment = host_environment(device, COMFYUI_DIR=str(checkout.folder))
         subprocess.run(write, check=True, env=environment)
         server = Server(checkout, base, checkpoints={CHECKPOINT: file}, device=device, probe=False)
@@ -145,7 +136,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="only write the checkpoint")
     arguments = parser.parse_args()
     if arguments.write is not None:
-        write_checkpoint(arguments.family, arguments.write, arguments.device)
+        write_checkpoint(arguments.family, arguments.write)
         return
     figures = measure(arguments.family, arguments.size, arguments.concepts, arguments.device)
     print(json.dumps(figures, indent=2))

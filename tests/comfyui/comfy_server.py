@@ -67,6 +67,14 @@ def find_checkouts() -> list[Checkout]:
     return found
 
 
+def first_checkout() -> Checkout:
+    """For tools, which can do nothing without one."""
+    checkouts = find_checkouts()
+    if not checkouts:
+        raise SystemExit("there is no ComfyUI: set COMFYUI_DIR to a checkout.")
+    return checkouts[0]
+
+
 def host_python() -> str:
     return os.environ.get("COMFYUI_PYTHON", sys.executable)
 

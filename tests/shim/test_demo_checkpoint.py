@@ -109,7 +109,7 @@ def test_random_weights(expand, tensors):
     shapes = {key: value.shape for key, value in expand.single_file(weights).items()}
     assert shapes == {key: value.shape for key, value in tensors.items()}
     generator = torch.Generator().manual_seed(3)
-    again = expand._random(expand.unet_shapes(), generator, gain=0.7)
+    again = expand.lively_weights(expand.unet_shapes(), generator, gain=0.7)
     key = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     assert torch.equal(weights["unet_ldm"][key], again[key])
     trained = tensors["model.diffusion_model." + key].float()

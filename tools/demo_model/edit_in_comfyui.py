@@ -25,7 +25,7 @@ REPOSITORY = TOOLS.parents[1]
 sys.path[:0] = [str(TOOLS), str(REPOSITORY / "tests" / "comfyui")]
 
 import expand  # noqa: E402
-from comfy_server import Graph, Server, find_checkouts  # noqa: E402
+from comfy_server import Graph, Server, first_checkout  # noqa: E402
 from graphs import Builder  # noqa: E402
 from score import GRADIENTS, concept_set_inputs, read_protocol  # noqa: E402
 
@@ -62,20 +62,18 @@ def graph_of(task: str, gradient: str) -> Graph:
 
 def edit(task: str, gradient: str, out: Path, device: str) -> None:
     """Run the graph in the first ComfyUI found and move the checkpoint to `out`."""
-    checkouts = find_checkouts()
-    if not checkouts:
-        raise SystemExit("there is no ComfyUI: set COMFYUI_DIR to a checkout.")
+    checkout = first_checkout()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         checkpoint = expand.write_checkpoint(base / "demo")
-        server = Server(checkouts[0], base, checkpoints={CHECKPOINT: checkpoint}, device=device)
+        server = Server(checkout, base, checkpoints={CHECKPOINT: checkpoint}, device=device)
         server.start()
         try:
             started = time.monotonic()
             server.run(graph_of(task, gradient), seconds=3600)
             log.info(
                 "%s, %s, in ComfyUI %s: %.0f s",
-                task, gradient, checkouts[0].version, time.monotonic() - started,
+                task, gradient, checkout.version, time.monotonic() - started,
             )  # fmt: skip
             file = max(server.output.glob("edited_*.safetensors"))
             out.parent.mkdir(parents=True, exist_ok=True)

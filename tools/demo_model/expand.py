@@ -195,7 +195,9 @@ def _is_norm(key: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 1 and key.endswith(".weight")
 
 
-def _random(shapes: dict[str, tuple[int, ...]], generator: torch.Generator, gain: float) -> Weights:
+def lively_weights(
+    shapes: dict[str, tuple[int, ...]], generator: torch.Generator, gain: float
+) -> Weights:
     """He-style noise: finite and lively activations at every depth."""
     weights: Weights = {}
     for key, shape in shapes.items():
@@ -254,15 +256,15 @@ def _encoder(assets: Path) -> Weights:
 
 def random_weights(seed: int) -> dict[str, Weights | float]:
     generator = torch.Generator().manual_seed(seed)
-    unet = _random(unet_shapes(), generator, gain=0.7)
+    unet = lively_weights(unet_shapes(), generator, gain=0.7)
     unet["out.2.weight"] *= 0.2  # a modest noise prediction: latents stay in a natural range
-    text = _random(text_shapes(), generator, gain=0.5)
+    text = lively_weights(text_shapes(), generator, gain=0.5)
     text["embeddings.token_embedding.weight"] = 0.5 * torch.randn(
         VOCABULARY, CONTEXT, generator=generator
     )
-    decoder = _random(taesd_shapes(TAESD_DECODER, LATENT, 3), generator, gain=1.0)
+    decoder = lively_weights(taesd_shapes(TAESD_DECODER, LATENT, 3), generator, gain=1.0)
     decoder[f"{TAESD_DECODER['last']}.bias"] += 0.5
-    encoder = _random(taesd_shapes(TAESD_ENCODER, 3, LATENT), generator, gain=1.0)
+    encoder = lively_weights(taesd_shapes(TAESD_ENCODER, 3, LATENT), generator, gain=1.0)
     return {
         "unet_ldm": unet,
         "text": text,
