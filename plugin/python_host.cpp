@@ -92,6 +92,9 @@ class PythonTextEncoder final : public TextEncoder {
   at::Tensor encode(const std::vector<std::string>& prompts) override {
     return handle_.call<at::Tensor>("encode", prompts);
   }
+  at::Tensor encode_start(const std::vector<std::string>& prompts, int64_t length) override {
+    return handle_.call<at::Tensor>("encode_start", prompts, length);
+  }
   TextEmbedding embed(const std::vector<std::string>& prompts) override {
     py::gil_scoped_acquire gil;
     const auto pair = handle_.call<std::pair<at::Tensor, py::object>>("embed", prompts);

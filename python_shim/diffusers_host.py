@@ -51,9 +51,13 @@ class DiffusersTextEncoder:
         return self._tokenizer.encode(text).ids
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        return self.encode_start(prompts, self.window)
+
+    def encode_start(self, prompts: Sequence[str], length: int) -> torch.Tensor:
+        """The first positions, which do not depend on the ones behind."""
         if not prompts:
-            return torch.zeros(0, self.window, self.width)
-        rows = [self._window(self.tokenize(prompt)) for prompt in prompts]
+            return torch.zeros(0, length, self.width)
+        rows = [self._window(self.tokenize(prompt))[:length] for prompt in prompts]
         ids = torch.tensor(rows, device=next(self._model.parameters()).device)
         with torch.no_grad():
             return self._model(input_ids=ids).last_hidden_state.float().cpu()

@@ -214,14 +214,15 @@ at::Tensor word_rows(TextEncoder& encoder, const std::vector<std::string>& words
     }
   }
   std::vector<at::Tensor> rows;
-  constexpr size_t kReported = 16;
+  constexpr size_t kReported = 32;
   for (size_t begin = 0; begin < words.size(); begin += kReported) {
     const size_t end = std::min(words.size(), begin + kReported);
     progress.status("Reading common words: " + std::to_string(begin) + " of " +
                     std::to_string(words.size()) + " (once for each text encoder)");
-    for (const PhraseRows& word :
-         encode_phrases(encoder, {words.begin() + begin, words.begin() + end}, progress)) {
-      rows.push_back(summary(word));
+    std::vector<std::string> prompts;
+    for (size_t i = begin; i < end; ++i) prompts.push_back(std::string(kPrefix) + words[i]);
+    for (const at::Tensor& start : encode_starts(encoder, prompts, progress)) {
+      rows.push_back(start.narrow(0, start.size(0) - 2, 2));
     }
   }
   const at::Tensor all = at::stack(rows);

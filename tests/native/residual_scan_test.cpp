@@ -206,6 +206,32 @@ TEST_P(ResidualScanTest, CommonWordsAreEncodedOnce) {
   EXPECT_EQ(second.concepts[0].neighbours, first.concepts[0].neighbours);
 }
 
+// A host that computes no more positions than it is asked for, and counts them.
+class StartsOnly final : public FakeTextEncoder {
+ public:
+  using FakeTextEncoder::FakeTextEncoder;
+  at::Tensor encode_start(const std::vector<std::string>& prompts, int64_t length) override {
+    positions += static_cast<int64_t>(prompts.size()) * length;
+    largest_call = std::max(largest_call, static_cast<int64_t>(prompts.size()) * length);
+    return FakeTextEncoder::encode_start(prompts, length);
+  }
+  int64_t positions = 0;
+  int64_t largest_call = 0;
+};
+
+TEST_P(ResidualScanTest, PaddingOfCommonWordsIsNotComputed) {
+  const ResidualScan whole = scan(with_exact_edit());
+  const auto starts = std::make_shared<StartsOnly>(kWidth, device());
+  clip_ = starts;
+  const ResidualScan result = scan(with_exact_edit());
+  const auto words = static_cast<int64_t>(common_words().size());
+  EXPECT_EQ(starts->positions, 6 * words);  // start, a photo of, the word, end
+  EXPECT_LE(starts->largest_call, 4 * 77);
+  EXPECT_LT(starts->encoded_prompts - words, 30);
+  EXPECT_EQ(result.concepts[0].neighbours, whole.concepts[0].neighbours);
+  EXPECT_EQ(result.concepts[0].closest, whole.concepts[0].closest);
+}
+
 TEST_P(ResidualScanTest, RefusesWhatCannotBeCompared) {
   auto other = std::make_shared<FakeDenoiser>(3, kWidth, device());
   other->family_ = "SDXL";

@@ -33,6 +33,9 @@ class FakeTextEncoder:
             rows.append(torch.randn(self.window, self.width, generator=generator))
         return torch.stack(rows)
 
+    def encode_start(self, prompts: list[str], length: int) -> torch.Tensor:
+        return self.encode(prompts)[:, :length]
+
     def embed(self, prompts: list[str]) -> tuple[torch.Tensor, None]:
         return self.encode(prompts), None
 

@@ -55,6 +55,11 @@ class TextEncoder {
   virtual std::vector<int64_t> tokenize(const std::string& text) = 0;
   // [n, window, width] float32, any device: what cross-attention sees for each prompt.
   virtual at::Tensor encode(const std::vector<std::string>& prompts) = 0;
+  // [n, length, width]: the first rows of encode(). They do not depend on later ones, so that a
+  // host can save computing the padding, which is most of a window.
+  virtual at::Tensor encode_start(const std::vector<std::string>& prompts, int64_t length) {
+    return encode(prompts).narrow(1, 0, length);
+  }
   // encode() with the pooled vectors, for forward passes.
   virtual TextEmbedding embed(const std::vector<std::string>& prompts) {
     return {encode(prompts), {}};

@@ -25,7 +25,7 @@ UNCLIP = {**SMALL_SD2, "num_classes": "sequential", "adm_in_channels": 1536}
 
 
 def widened(model: Any, channels: int) -> Any:
-    """The same UNet with more input channels, whose random weights make what is read there count."""
+    """The same UNet with more input channels, of random weights: what is read there counts."""
     state = {k: v.clone() for k, v in model.model.diffusion_model.state_dict().items()}
     first = state["input_blocks.0.0.weight"]
     generator = torch.Generator().manual_seed(5)
@@ -229,6 +229,10 @@ def test_clean_latents_of_every_prediction(
         assert seen.isfinite().all()
         # To the rounding of a latent that is mostly noise.
         torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5 * (1 + float(sigma)))
+        if sampling == "v_prediction":  # the noise that judging compares, from the definition of v
+            alpha = (sigma**2 + 1).rsqrt()
+            predicted = alpha * out + sigma * alpha * (alpha * noisy)
+            torch.testing.assert_close((noisy - seen) / sigma, predicted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("gradient", ["full", "cached"])
