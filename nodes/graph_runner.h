@@ -23,6 +23,7 @@ struct WorkflowLink {
 struct WorkflowNode {
   std::string id;
   std::string class_type;
+  std::string title;  // of the page; may be empty
   std::map<std::string, Value> constants;
   std::map<std::string, WorkflowLink> links;
 };

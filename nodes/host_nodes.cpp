@@ -36,6 +36,12 @@ InputSpec text(const char* id, const char* default_value) {
   return {.id = id, .type = socket::kString, .default_value = std::string(default_value)};
 }
 
+InputSpec prefix(const char* id, const char* default_value) {
+  InputSpec spec = text(id, default_value);
+  spec.names_file = true;
+  return spec;
+}
+
 InputSpec file(const char* id) { return {.id = id, .type = socket::kCombo}; }
 
 InputSpec number(const char* id, double value, double min, double max) {
@@ -53,9 +59,9 @@ NodeResult save_images(const NodeInputs& inputs, const std::string& folder,
   NodeResult result;
   const at::Tensor& images = inputs.get<at::Tensor>("images");
   for (int64_t i = 0; i < images.size(0); ++i) {
-    const std::string path = numbered_path(folder, prefix, ".png");
-    save_png(images[i], path, {{"prompt", workflow_json}});
-    result.images.push_back(path);
+    OutputFile out = numbered_file(folder, prefix, ".png", images.size(2), images.size(1));
+    write_png(images[i], out, {{"prompt", workflow_json}});
+    result.images.push_back(out.commit());
   }
   return result;
 }
@@ -188,7 +194,7 @@ void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> applica
   const std::string folder = application->output_directory();
   add({.id = "SaveImage",
        .output_node = true,
-       .inputs = {link("images", kImage), text("filename_prefix", "ComfyUI")}},
+       .inputs = {link("images", kImage), prefix("filename_prefix", "ComfyUI")}},
       [folder, workflow_json](const NodeInputs& inputs, Progress&) {
         return save_images(inputs, folder, inputs.string("filename_prefix"), workflow_json);
       });
@@ -201,12 +207,12 @@ void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> applica
     add({.id = id,
          .output_node = true,
          .inputs = {link("lora", kLoraModel),
-                    text("prefix", "loras/ComfyUI_trained_lora"),
+                    prefix("prefix", "loras/ComfyUI_trained_lora"),
                     {.id = "steps", .type = kInt, .optional = true}}},
         [folder](const NodeInputs& inputs, Progress&) {
-          const std::string path = numbered_path(folder, inputs.string("prefix"), ".safetensors");
-          save_safetensors({*inputs.get<std::shared_ptr<const LoraTensors>>("lora"), {}}, path);
-          return NodeResult{.files = {path}};
+          OutputFile out = numbered_file(folder, inputs.string("prefix"), ".safetensors");
+          write_safetensors({*inputs.get<std::shared_ptr<const LoraTensors>>("lora"), {}}, out);
+          return NodeResult{.files = {out.commit()}};
         });
   }
   add({.id = "PreviewAny", .output_node = true, .inputs = {link("source", kAny)}},

@@ -196,8 +196,6 @@ InputSpec more_loras(const char* id, const char* name) {
 
 }  // namespace
 
-LoraFuseNode::LoraFuseNode() : cache_(kFuseCacheBytes) {}
-
 const NodeSchema& LoraFuseNode::schema() const {
   static const NodeSchema schema{
       .id = "LacunaLoRAFuse",
@@ -365,10 +363,12 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   for (const auto& item : bundle.concepts) {
     for (std::string& phrase : phrases(item->item)) erased.push_back(std::move(phrase));
   }
+  auto cache = cache_.borrow(kFuseCacheBytes);
   const KeptText kept =
-      collect_kept_text(*clip, bundle.preserve, bundle.general_prior, erased, &cache_, progress);
-  sums_.assign(bundle.concepts);
-  const Fusion fusion = sums_.solve(kept, options, selection.strengths, progress);
+      collect_kept_text(*clip, bundle.preserve, bundle.general_prior, erased, &*cache, progress);
+  auto sums = sums_.borrow();
+  sums->assign(bundle.concepts);
+  const Fusion fusion = sums->solve(kept, options, selection.strengths, progress);
   const SharedFactorization factors(fusion.patch.delta, gram, 2 * lora_rank, progress);
   const LoraExport lora =
       export_lora(*model, projections, fusion.patch, factors, lora_rank, strength, progress);

@@ -13,7 +13,9 @@
 #include <set>
 #include <utility>
 
+#include "lacuna/checksum.h"
 #include "lacuna/error.h"
+#include "lacuna/output_file.h"
 #include "lacuna/safetensors_file.h"
 #include "lacuna/text.h"
 
@@ -69,53 +71,6 @@ at::Tensor unpack(const at::Tensor& packed, int64_t d) {
     for (int64_t j = i; j < d; ++j) to[i * d + j] = to[j * d + i] = *from++;
   }
   return m;
-}
-
-// FNV-1a on words of eight bytes: each step is a bijection of the state, so that no single changed
-// word goes unnoticed. Against accidents, not against forgery.
-class Checksum {
- public:
-  void add(const void* data, size_t size) {
-    const auto* bytes = static_cast<const char*>(data);
-    add_word(size);
-    for (; size >= 8; bytes += 8, size -= 8) {
-      uint64_t word = 0;
-      std::memcpy(&word, bytes, 8);
-      add_word(word);
-    }
-    uint64_t word = 0;
-    std::memcpy(&word, bytes, size);
-    add_word(word);
-  }
-  void add(std::string_view text) { add(text.data(), text.size()); }
-  std::string text() const {
-    char hex[17];
-    std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(state_));
-    return hex;
-  }
-
- private:
-  void add_word(uint64_t word) {
-    state_ = (state_ ^ word) * 0x100000001b3ull;
-    state_ ^= state_ >> 32;
-  }
-  uint64_t state_ = 0xcbf29ce484222325ull;
-};
-
-std::string checksum_of(const SafetensorsFile& file) {
-  Checksum sum;
-  for (const auto& [key, value] : file.metadata) {
-    if (key == "checksum") continue;
-    sum.add(key);
-    sum.add(value);
-  }
-  for (const auto& [name, tensor] : file.tensors) {
-    sum.add(name);
-    const std::vector<int64_t> shape = tensor.sizes().vec();
-    sum.add(shape.data(), shape.size() * sizeof(int64_t));
-    sum.add(tensor.const_data_ptr(), tensor.nbytes());
-  }
-  return sum.text();
 }
 
 std::string prefix_of(size_t index) { return "concept." + std::to_string(index) + "."; }
@@ -262,7 +217,7 @@ ConceptSet concept_set_of(const LoraBundle& bundle) {
   return set;
 }
 
-void save_bundle(const LoraBundle& bundle, const std::string& path) {
+void write_bundle(const LoraBundle& bundle, OutputFile& out) {
   check(bundle);
   SafetensorsFile file;
   json training = json::array();
@@ -288,12 +243,18 @@ void save_bundle(const LoraBundle& bundle, const std::string& path) {
   try {
     file.metadata["training"] = training.dump();
   } catch (const json::exception&) {
-    throw Error("cannot write '" + path + "': a training record is not valid UTF-8 text");
+    throw Error("cannot write '" + out.name() + "': a training record is not valid UTF-8 text");
   }
   file.metadata["model_fingerprint"] = bundle.model_fingerprint;
   file.metadata["encoder_fingerprint"] = bundle.encoder_fingerprint;
   file.metadata["checksum"] = checksum_of(file);
-  save_safetensors(file, path);
+  write_safetensors(file, out);
+}
+
+void save_bundle(const LoraBundle& bundle, const std::string& path) {
+  OutputFile out(path);
+  write_bundle(bundle, out);
+  out.commit();
 }
 
 LoraBundle load_bundle(const std::string& path) {

@@ -8,11 +8,13 @@
 #include <bit>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <utility>
 #include <vector>
 
 #include "lacuna/error.h"
+#include "lacuna/file_path.h"
 #include "lacuna/output_file.h"
 
 static_assert(std::endian::native == std::endian::little, "safetensors data is little-endian");
@@ -22,6 +24,8 @@ namespace {
 
 using nlohmann::json;
 
+// What a size or a stride of a tensor can count, in bytes.
+constexpr uint64_t kMaxBytes = std::numeric_limits<int64_t>::max();
 constexpr uint64_t kMaxHeader = 100'000'000;  // the format's own limit
 constexpr int kMaxDimensions = 8;
 
@@ -49,7 +53,8 @@ struct Entry {
 class Reader {
  public:
   explicit Reader(const std::string& path) : path_(path), stream_(path, std::ios::binary) {
-    if (!stream_) throw Error("cannot open '" + path + "'");
+    check_path(path);
+    if (!stream_) throw Error("cannot open '" + shown_path(path) + "'");
     stream_.seekg(0, std::ios::end);
     file_size_ = static_cast<uint64_t>(stream_.tellg());
     stream_.seekg(0);
@@ -87,7 +92,7 @@ class Reader {
 
  private:
   Error damaged(const std::string& why) const {
-    return Error("'" + path_ + "' is not a readable safetensors file: " + why);
+    return Error("'" + shown_path(path_) + "' is not a readable safetensors file: " + why);
   }
 
   void read_bytes(void* target, uint64_t size) {
@@ -151,13 +156,14 @@ class Reader {
                                     [&](const auto& item) { return type_name == item.second; });
     if (type == kTypes.end()) throw wrong("dtype (" + type_name.substr(0, 20) + ")");
     entry.type = type->first;
-    // The element count is bounded by the bytes that are really there, so it cannot overflow.
+    // Strides count a size of zero as one: they must not overflow even where nothing is stored.
     uint64_t bytes = c10::elementSize(entry.type);
     for (uint64_t size : shape) {
-      if (size != 0 && bytes > data_size_ / size) throw wrong("shape");
-      bytes *= size;
+      if (size > kMaxBytes / bytes) throw wrong("shape");
+      bytes *= std::max<uint64_t>(size, 1);
       entry.shape.push_back(static_cast<int64_t>(size));
     }
+    if (std::find(shape.begin(), shape.end(), 0u) != shape.end()) bytes = 0;
     if (bytes != entry.end - entry.begin) throw wrong("size");
     return entry;
   }
@@ -172,7 +178,7 @@ class Reader {
 
 SafetensorsFile load_safetensors(const std::string& path) { return Reader(path).read(); }
 
-void save_safetensors(const SafetensorsFile& file, const std::string& path) {
+void write_safetensors(const SafetensorsFile& file, OutputFile& out) {
   nlohmann::ordered_json header;
   if (!file.metadata.empty()) header["__metadata__"] = file.metadata;
   std::vector<at::Tensor> data;
@@ -194,11 +200,11 @@ void save_safetensors(const SafetensorsFile& file, const std::string& path) {
   try {
     text = header.is_null() ? "{}" : header.dump();
   } catch (const json::exception&) {
-    throw Error("cannot write '" + path + "': its metadata is not valid UTF-8 text");
+    throw Error("cannot write '" + shown_path(out.name()) +
+                "': its metadata is not valid UTF-8 text");
   }
   text.append((8 - text.size() % 8) % 8, ' ');  // data starts aligned
 
-  OutputFile out(path);
   const uint64_t header_size = text.size();
   std::string prefix(8, '\0');
   std::memcpy(prefix.data(), &header_size, 8);
@@ -207,6 +213,11 @@ void save_safetensors(const SafetensorsFile& file, const std::string& path) {
   for (const at::Tensor& tensor : data) {
     out.write({static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes()});
   }
+}
+
+void save_safetensors(const SafetensorsFile& file, const std::string& path) {
+  OutputFile out(path);
+  write_safetensors(file, out);
   out.commit();
 }
 
