@@ -45,23 +45,19 @@ std::string title_of(const json& entry) {
   return entry.contains(path) && entry[path].is_string() ? entry[path].get<std::string>() : "";
 }
 
+// A value as the page writes it in the name of a file.
+std::string text_of(const json& value) {
+  if (value.is_string()) return value.get<std::string>();
+  if (value.is_number_float()) return format_numbers("%.15g", value.get<double>());
+  return value.dump();
+}
+
 // What %Node.widget% stands for; of several nodes of one name the first one counts.
 WidgetTexts widget_texts(const Workflow& workflow) {
   WidgetTexts texts;
   for (const auto name : {&WorkflowNode::class_type, &WorkflowNode::title}) {
     for (const auto& [id, node] : workflow) {
-      for (const auto& [widget, value] : node.constants) {
-        const std::string key = node.*name + "." + widget;
-        if (const auto* text = std::get_if<std::string>(&value)) {
-          texts.emplace(key, *text);
-        } else if (const auto* whole = std::get_if<int64_t>(&value)) {
-          texts.emplace(key, std::to_string(*whole));
-        } else if (const auto* number = std::get_if<double>(&value)) {
-          texts.emplace(key, format_numbers("%.15g", *number));
-        } else if (const auto* flag = std::get_if<bool>(&value)) {
-          texts.emplace(key, *flag ? "true" : "false");
-        }
-      }
+      for (const auto& [widget, text] : node.texts) texts.emplace(node.*name + "." + widget, text);
     }
   }
   return texts;
@@ -149,7 +145,7 @@ Workflow parse_workflow(std::string_view text) {
     if (!entry.is_object() || !entry.contains("class_type") || !entry["class_type"].is_string()) {
       throw Error("node " + id + " has no 'class_type'; is this an API-format workflow?");
     }
-    WorkflowNode node{id, entry["class_type"].get<std::string>(), title_of(entry), {}, {}};
+    WorkflowNode node{id, entry["class_type"].get<std::string>(), title_of(entry)};
     if (entry.contains("inputs")) {
       if (!entry["inputs"].is_object()) throw Error(label(node) + ": 'inputs' must be an object");
       for (const auto& [input, value] : entry["inputs"].items()) {
@@ -160,6 +156,7 @@ Workflow parse_workflow(std::string_view text) {
           node.links[input] = {value[0].get<std::string>(), static_cast<size_t>(output)};
         } else if (!value.is_null()) {
           node.constants[input] = constant(node, input, value);
+          node.texts[input] = text_of(value);
         }
       }
     }

@@ -16,11 +16,20 @@ namespace {
 
 using Run = std::function<NodeResult(const NodeInputs&, Progress&)>;
 
-// These node types have no state and no rules beyond their schema.
+// These node types have no state and no rules beyond their schema and the names of files.
 class HostNode final : public Node {
  public:
-  HostNode(NodeSchema schema, Run run) : schema_(std::move(schema)), run_(std::move(run)) {}
+  HostNode(NodeSchema schema, Run run, std::string output_folder)
+      : schema_(std::move(schema)),
+        run_(std::move(run)),
+        output_folder_(std::move(output_folder)) {}
   const NodeSchema& schema() const override { return schema_; }
+  void validate(const NodeInputs& constants) const override {
+    for (const InputSpec& input : schema_.inputs) {
+      if (!input.names_file || !constants.has(input.id)) continue;
+      check_prefix(output_folder_, constants.string(input.id), ".safetensors");
+    }
+  }
   NodeResult run(const NodeInputs& inputs, Progress& progress) override {
     return run_(inputs, progress);
   }
@@ -28,6 +37,7 @@ class HostNode final : public Node {
  private:
   NodeSchema schema_;
   Run run_;
+  std::string output_folder_;
 };
 
 InputSpec link(const char* id, const char* type) { return {.id = id, .type = type}; }
@@ -88,9 +98,10 @@ std::string any_to_text(const Value& value) {
 void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> application,
                     const std::string& workflow_json) {
   using namespace socket;
+  const std::string folder = application->output_directory();
   const auto add = [&](NodeSchema schema, Run run) {
     if (schema.display_name.empty()) schema.display_name = schema.id;
-    registry.add(std::make_unique<HostNode>(std::move(schema), std::move(run)));
+    registry.add(std::make_unique<HostNode>(std::move(schema), std::move(run), folder));
   };
 
   add({.id = "CheckpointLoaderSimple",
@@ -191,7 +202,6 @@ void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> applica
                               inputs.get<at::Tensor>("samples"))}};
       });
 
-  const std::string folder = application->output_directory();
   add({.id = "SaveImage",
        .output_node = true,
        .inputs = {link("images", kImage), prefix("filename_prefix", "ComfyUI")}},

@@ -149,9 +149,14 @@ def _widget_texts(hidden: Any) -> dict[str, str]:
         for key, node in prompt.items():
             for widget, value in node.get("inputs", {}).items():
                 if isinstance(value, str | int | float):  # what is linked is not known here
-                    text = str(value).lower() if isinstance(value, bool) else str(value)
-                    texts.setdefault(f"{name_of[key]}.{widget}", text)
+                    texts.setdefault(f"{name_of[key]}.{widget}", _as_the_page_writes(value))
     return texts
+
+
+def _as_the_page_writes(value: str | float | bool) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def _executor(spec: JSON) -> classmethod:
