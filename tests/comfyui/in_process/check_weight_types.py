@@ -13,6 +13,7 @@ import pytest
 import torch
 from comfy.cli_args import args
 
+PREFIX = "cond_stage_model.transformer.text_model."
 # The flag of ComfyUI's command line, the type its weights have then, and our name of it.
 TYPES = [
     ("fp16", torch.float16, "fp16"),
@@ -46,6 +47,17 @@ def bundle(host: ModuleType, checkpoint: Any, pack: Any) -> Any:
         loras = pack.run("LacunaLoRAErase", training | inputs(host, *checkpoint[:2]))[0]
         pack.run("LacunaSaveBundle", {"loras": loras, "filename_prefix": "owl"})
         return pack.run("LacunaLoadBundle", {"file": "owl_00001_.safetensors"})[0]
+
+
+def test_samples_are_those_of_every_host(host: ModuleType, checkpoint: Any) -> None:
+    from lacuna_shim.fingerprint import identify
+
+    tensors = comfy.utils.load_torch_file(os.environ["LACUNA_TEST_CHECKPOINT"])
+    named = {f"clip_l.{k.removeprefix(PREFIX)}": v for k, v in tensors.items() if PREFIX in k}
+    samples = host.ComfyTextEncoder(checkpoint[1]).weight_samples
+    assert samples == identify(named.items()).samples
+    model = host.ComfyDenoiser(checkpoint[0])
+    assert set(model.weight_samples) == {lora for _, lora, _ in model.cross_attention()}
 
 
 @pytest.mark.parametrize(("flag", "dtype", "name"), TYPES)
