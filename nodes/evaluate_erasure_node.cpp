@@ -23,7 +23,7 @@ constexpr size_t kMostNeighbours = 200;
 std::vector<std::string> read_neighbours(const std::string& text) {
   std::vector<std::string> words;
   for (const std::string& line : split_lines(text)) {
-    const std::string word = normalize_phrase(line.substr(0, line.find('#')));
+    const std::string word = normalize_phrase(split_comment(line).first);
     if (!word.empty()) words.push_back(word);
   }
   if (words.size() > kMostNeighbours) {

@@ -15,6 +15,7 @@
 #include "lacuna/lora_export.h"
 #include "lacuna/low_rank.h"
 #include "lacuna/text.h"
+#include "nodes/edit_report.h"
 
 namespace lacuna {
 namespace {
@@ -32,12 +33,12 @@ FusionOptions read_fusion_options(const NodeInputs& inputs) {
   return options;
 }
 
-// "name = 0.5", one a line; '#' starts a comment. Throws Error with the line.
+// "name = 0.5", one a line; comments as in Concept Set. Throws Error with the line.
 ConceptStrengths parse_strengths(const std::string& text) {
   ConceptStrengths strengths;
   std::set<std::string> seen;
   for (const std::string& line : split_lines(text)) {
-    const std::string body = normalize_phrase(line.substr(0, line.find('#')));
+    const std::string body = normalize_phrase(split_comment(line).first);
     if (body.empty()) continue;
     const size_t equals = body.rfind('=');
     const std::string name =
@@ -62,7 +63,7 @@ ConceptStrengths parse_strengths(const std::string& text) {
 std::vector<std::string> parse_names(const std::string& text) {
   std::vector<std::string> names;
   for (const std::string& line : split_lines(text)) {
-    std::string name = normalize_phrase(line.substr(0, line.find('#')));
+    std::string name = normalize_phrase(split_comment(line).first);
     if (!name.empty()) names.push_back(std::move(name));
   }
   return names;
@@ -180,6 +181,12 @@ std::string report(const Selection& selection, const FusionOptions& options, con
                          100 * lora.edit_norm / original_norm, fusion.condition);
   text +=
       fusion.floor_added > 0.0 ? format_numbers(", floor %.2g added.", fusion.floor_added) : ".";
+  text += violence_warning({.relative = lora.edit_norm / original_norm,
+                            .strength = strength,
+                            .concepts = n,
+                            .preserved = bundle.preserve.size(),
+                            .general_prior = bundle.general_prior,
+                            .regularization = options.regularization});
   text += strength == 0.0 ? "\nStrength 0: the model is unchanged." : "\nApplied to the weights.";
   text += "\nLoRA: rank " + std::to_string(lora.rank) +
           format_numbers(", leaves out %.3g %% of the edit.", 100 * lora.residual);
@@ -331,21 +338,24 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   if (!model->patchable()) {
     throw Error(
         "this model's weights are packed (GGUF, 4-bit) and cannot carry LoRAs exactly; load "
-        "unpacked weights, or use Attention Refine alone, which can work on the conditioning");
+        "unpacked weights, or use Attention Refine alone, which can work on the conditioning (Save "
+        "Checkpoint then writes the model unerased; its LoRA output holds the edit)");
   }
   std::vector<std::shared_ptr<const LoraBundle>> bundles;
   for (const char* id : kLorasInputs) {
     if (!inputs.has(id)) continue;
-    bundles.push_back(inputs.get<std::shared_ptr<const LoraBundle>>(id));
+    auto bundle = std::make_shared<LoraBundle>(*inputs.get<std::shared_ptr<const LoraBundle>>(id));
     try {
-      if (bundles.back()->concepts.empty()) {
+      if (bundle->concepts.empty()) {
         throw Error("these LoRAs hold no concept; train some with LoRA Erase");
       }
-      for (const auto& item : bundles.back()->concepts) lacuna::check(*item);
-      check_fits(*bundles.back(), *model, *clip, projections);
+      for (const auto& item : bundle->concepts) lacuna::check(*item);
+      check_fits(*bundle, *model, *clip, projections);
+      add_samples(*bundle, *model, *clip);
     } catch (const Error& e) {
       throw Error("'" + std::string(id) + "': " + e.what());
     }
+    bundles.push_back(std::move(bundle));
   }
   const ConceptSet* wanted = inputs.has("concepts")
                                  ? inputs.get<std::shared_ptr<const ConceptSet>>("concepts").get()

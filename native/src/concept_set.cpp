@@ -55,16 +55,6 @@ T value_of(const std::array<std::pair<T, std::string_view>, N>& table, std::stri
 
 std::string in_quotes(std::string_view phrase) { return "'" + std::string(phrase) + "'"; }
 
-// '#' starts a comment at the beginning or after white space, so that "c#" stays a word.
-std::pair<std::string, std::string> split_comment(const std::string& line) {
-  for (size_t i = 0; i < line.size(); ++i) {
-    if (line[i] == '#' && (i == 0 || line[i - 1] == ' ' || line[i - 1] == '\t')) {
-      return {line.substr(0, i), normalize_phrase(std::string_view(line).substr(i + 1))};
-    }
-  }
-  return {line, ""};
-}
-
 std::vector<std::string> split_synonyms(const std::string& text) {
   std::vector<std::string> synonyms;
   size_t begin = 0;
@@ -79,7 +69,8 @@ std::vector<std::string> split_synonyms(const std::string& text) {
 
 std::optional<Concept> parse_line(const std::string& line, size_t number,
                                   const ConceptDefaults& defaults) {
-  auto [body, comment] = split_comment(line);
+  const auto [text, comment] = split_comment(line);
+  std::string body(text);
   if (normalize_phrase(body).empty()) return std::nullopt;
   auto fail = [&](const std::string& what) -> Error {
     return Error("concept line " + std::to_string(number) + ": " + what +
@@ -89,7 +80,7 @@ std::optional<Concept> parse_line(const std::string& line, size_t number,
   Concept item;
   item.kind = defaults.kind;
   item.templates = defaults.templates;
-  item.comment = comment;
+  item.comment = normalize_phrase(comment);
   if (size_t bar = body.find('|'); bar != std::string::npos) {
     if (body.find('|', bar + 1) != std::string::npos) throw fail("more than one '|'");
     item.synonyms = split_synonyms(body.substr(bar + 1));

@@ -698,10 +698,13 @@ void check(const LoraTraining& training, const LoraOptions& options) {
           "LoRAs are not trained on top of adversarial rounds; set 'adversarial rounds' of "
           "Attention Refine to 0");
     }
-    if (refinement->encoder_fingerprint != training.encoder.fingerprint()) {
-      throw Error(
-          "the refinement was made with another text encoder; connect the CLIP that went into "
-          "Attention Refine");
+    const WeightIdentity made{refinement->encoder_fingerprint, refinement->encoder_samples};
+    const WeightIdentity connected = identity_of(training.encoder);
+    const WeightComparison how = compare(made, connected);
+    if (how.match != WeightMatch::kSame) {
+      throw Error("the refinement was made with another text encoder (" +
+                  describe(made, connected, how) +
+                  "); connect the CLIP that went into Attention Refine");
     }
   }
 }

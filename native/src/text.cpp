@@ -46,6 +46,15 @@ std::vector<std::string> split_lines(std::string_view text) {
   return lines;
 }
 
+std::pair<std::string_view, std::string_view> split_comment(std::string_view line) {
+  for (size_t i = 0; i < line.size(); ++i) {
+    if (line[i] == '#' && (i == 0 || is_space(line[i - 1]))) {
+      return {line.substr(0, i), line.substr(i + 1)};
+    }
+  }
+  return {line, {}};
+}
+
 std::string format_numbers(const char* pattern, double a, double b) {
   char text[200];
   std::snprintf(text, sizeof text, pattern, a, b);

@@ -317,6 +317,37 @@ TEST_P(AttentionRefineTest, ConditioningFormGivesTheSamePictures) {
             std::string::npos);
 }
 
+TEST_P(AttentionRefineTest, TheReportSaysWhatSavingMeans) {
+  const auto says = [&](Values more, const std::string& part) {
+    const std::string text = run(std::move(more)).text[0];
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+    return text;
+  };
+  EXPECT_EQ(says({}, "Applied to the weights.").find("Save Checkpoint"), std::string::npos);
+  const std::string chosen =
+      says({{"apply_as", std::string("conditioning")}}, "as 'apply as' says");
+  EXPECT_EQ(chosen.find("packed"), std::string::npos) << chosen;
+  EXPECT_NE(chosen.find("Save Checkpoint writes the model with the concepts still in it"),
+            std::string::npos);
+  model_->patchable_ = false;
+  EXPECT_NE(says({}, "because this model's weights are packed").find("save the LoRA"),
+            std::string::npos);
+  says({{"strength", 0.0}}, "the model is unchanged");
+}
+
+TEST_P(AttentionRefineTest, TheReportWarnsOfViolentEdits) {
+  const auto report = [&](Values more) { return run(std::move(more)).text[0]; };
+  EXPECT_EQ(report({}).find("Warning"), std::string::npos);
+  // What the prompts hardly ever hold is turned around when nothing resists.
+  const std::string violent = report({{"regularization", 0.0},
+                                      {"strength", 2.0},
+                                      {"concepts", concepts_of("black cat -> fog\nowl -> tree")}});
+  for (const char* part : {"Warning: ", "damages pictures", "raise 'regularization' to 10",
+                           "lower 'strength'", "'general prior'", "'preserve'"}) {
+    EXPECT_NE(violent.find(part), std::string::npos) << violent;
+  }
+}
+
 TEST_P(AttentionRefineTest, ValueOnlyLeavesKeysAlone) {
   const auto patched = model_of(run({{"matrices", std::string("value")}}));
   for (const auto& projection : model_->projections_) {
