@@ -141,7 +141,7 @@ TEST(ConceptSetNodeTest, ReadsWidgetsAndChains) {
 
 TEST(ConceptSetNodeTest, ReportsWhatItRead) {
   ConceptSetNode node;
-  StillProgress progress;
+  SilentProgress progress;
   const NodeResult result = node.run(
       NodeInputs(node.schema(), {{"concepts", std::string("- hamburger => apple | burger\n- a, b")},
                                  {"preserve", std::string("\"pizza\"")}}),
