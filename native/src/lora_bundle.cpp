@@ -15,6 +15,7 @@
 
 #include "lacuna/checksum.h"
 #include "lacuna/error.h"
+#include "lacuna/json_text.h"
 #include "lacuna/output_file.h"
 #include "lacuna/safetensors_file.h"
 #include "lacuna/text.h"
@@ -29,8 +30,6 @@ constexpr int64_t kMaxWidth = 16'384;
 // Statistics are sums of squared embeddings, up to some 1e6, and LoRAs are far below that: what is
 // larger comes from no training, and products of it leave the range of floating point.
 constexpr double kLargestValue = 1e10;
-
-std::string quoted(const std::string& text) { return "'" + text + "'"; }
 
 bool is_float_matrix(const at::Tensor& t, int64_t rows, int64_t columns) {
   return t.defined() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble) &&
@@ -82,7 +81,7 @@ std::string prefix_of(size_t index) { return "concept." + std::to_string(index) 
 
 void check(const ConceptLora& item) {
   const auto fail = [&](const std::string& what) {
-    return Error(quoted(item.item.target) + " " + what + "; train it again with LoRA Erase");
+    return Error(in_quotes(item.item.target) + " " + what + "; train it again with LoRA Erase");
   };
   if (item.pairs.empty()) throw fail("has no LoRA");
   if (!item.prompt_gram.defined() || item.prompt_gram.dim() != 2) throw fail("has no statistics");
@@ -122,8 +121,8 @@ void check(const LoraBundle& bundle) {
   for (const auto& item : bundle.concepts) {
     check(*item);
     if (item->prompt_gram.size(0) != bundle.concepts.front()->prompt_gram.size(0)) {
-      throw Error("the LoRAs of " + quoted(item->item.target) + " and " +
-                  quoted(bundle.concepts.front()->item.target) +
+      throw Error("the LoRAs of " + in_quotes(item->item.target) + " and " +
+                  in_quotes(bundle.concepts.front()->item.target) +
                   " belong to text encoders of different width");
     }
   }
@@ -175,14 +174,14 @@ void check_fits(const LoraBundle& bundle, Denoiser& model, TextEncoder& encoder,
   for (const AttentionProjection& projection : projections) known.insert(projection.lora_name);
   for (const auto& item : bundle.concepts) {
     if (item->prompt_gram.size(0) != encoder.width()) {
-      throw Error("the LoRA of " + quoted(item->item.target) +
+      throw Error("the LoRA of " + in_quotes(item->item.target) +
                   " belongs to a text encoder of width " +
                   std::to_string(item->prompt_gram.size(0)) + ", the CLIP connected has " +
                   std::to_string(encoder.width()) + "; connect the right one");
     }
     for (const auto& [name, pair] : item->pairs) {
       if (!known.contains(name)) {
-        throw Error("the LoRA of " + quoted(item->item.target) + " has a layer '" + name +
+        throw Error("the LoRA of " + in_quotes(item->item.target) + " has a layer '" + name +
                     "' that this model (" + model.family() +
                     ") does not have; connect the model it was trained on");
       }
@@ -235,7 +234,7 @@ LoraBundle merge(const std::vector<std::shared_ptr<const LoraBundle>>& bundles) 
         merged.concepts.push_back(item);
         for (const std::string& phrase : phrases(item->item)) erased.insert(fold_case(phrase));
       } else if (!identical(*it->second, *item)) {
-        throw Error(quoted(item->item.target) +
+        throw Error(in_quotes(item->item.target) +
                     " comes with two different LoRAs; remove it from one of the inputs");
       }
     }
@@ -346,15 +345,9 @@ LoraBundle load_bundle(const std::string& path) {
       throw fail(e.what());
     }
   }
-  json training;
-  try {
-    training = json::parse(meta("training"), [&](int depth, json::parse_event_t, json&) {
-      if (depth > 2) throw fail("its training records are nested too deeply");
-      return true;
-    });
-  } catch (const json::exception&) {
-    throw fail("its training records are not JSON");
-  }
+  const json training =
+      parse_json(meta("training"), "'" + path + "' is not a readable Lacuna bundle: its training",
+                 {.depth = 2, .values = 20'000});
   if (!training.is_array() || training.size() != set.concepts.size()) {
     throw fail("its training records do not fit its concepts");
   }

@@ -221,6 +221,27 @@ TEST(ConceptSetNodeTest, ReadsWidgetsAndChains) {
   EXPECT_NE(message_of([&] { concepts_of("Van Gogh style", {{"previous", first}}); }), "");
 }
 
+TEST(ConceptSetNodeTest, ReportsWhatItRead) {
+  ConceptSetNode node;
+  SilentProgress progress;
+  const NodeResult result = node.run(
+      NodeInputs(node.schema(), {{"concepts", std::string("- hamburger => apple | burger\n- a, b")},
+                                 {"preserve", std::string("\"pizza\"")}}),
+      progress);
+  EXPECT_EQ(std::get<std::string>(result.outputs[2]),
+            "Erases 2 concepts, keeps 1 phrase.\n"
+            "'hamburger' -> 'apple', with 'burger'\n"
+            "'a, b' -> 'scenery'\n"
+            "In 'concepts':\n"
+            "Lines 1, 2: bullets left out.\n"
+            "Line 1: '=>' read as '->'.\n"
+            "Check line 2: 'a, b' is read as one phrase, commas and all; write each on a line of "
+            "its own if these are several.\n"
+            "In 'preserve':\n"
+            "Line 1: quotes left out.");
+  EXPECT_EQ(result.text, std::vector<std::string>{std::get<std::string>(result.outputs[2])});
+}
+
 TEST(ConceptSetNodeTest, ValidatesBeforeQueueing) {
   const ConceptSetNode node;
   const auto message = [&](Values values) {
