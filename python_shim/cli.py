@@ -409,9 +409,7 @@ def _sentence(error: Exception) -> str:
         "transformers",
         "safetensors",
     ):
-        return (
-            f'The headless host needs {error.name}: install it with pip install "lacuna[headless]".'
-        )
+        return f'The headless host needs {error.name}: install it with pip install "lacuna-erasure[headless]".'
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'A file'}: {error.strerror}."
     return f"Unexpected {type(error).__name__}: {error} (run again with --debug for details)"
