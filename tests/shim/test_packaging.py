@@ -128,7 +128,8 @@ def _wheel(folder: Path, minor: str, **changes: bytes) -> Path:
     files = {
         "lacuna_erasure/__init__.py": b"VALUE = 1\n",
         f"lacuna_erasure/_lacuna_t{minor}.cpython-311-x86_64-linux-gnu.so": minor.encode(),
-        "lacuna_erasure-0.1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: lacuna-erasure\nVersion: 0.1.0\n",
+        "lacuna_erasure-0.1.0.dist-info/METADATA": b"Metadata-Version: 2.1\n"
+        b"Name: lacuna-erasure\nVersion: 0.1.0\n",
         "lacuna_erasure-0.1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: false\n"
         b"Tag: py3-none-any\n",
         "lacuna_erasure-0.1.0.dist-info/RECORD": b"",
