@@ -547,7 +547,7 @@ class Trainer {
         key_weight = weight_of(layer.key, query).t();
         if (options_.suppress_value > 0.0) value_weight = weight_of(layer.value, query).t();
       }
-      const auto row = [&](const at::Tensor& rows) {
+      const auto row = [&query, prompt = prompt](const at::Tensor& rows) {
         return rows.narrow(0, prompt, 1).to(query.options());
       };
       const at::Tensor original = row(job.prompts.embedding.context);

@@ -187,9 +187,9 @@ void write_safetensors(const SafetensorsFile& file, OutputFile& out) {
   std::vector<at::Tensor> data;
   uint64_t offset = 0;
   for (const auto& [name, tensor] : file.tensors) {
-    const auto* type = std::find_if(kTypes.begin(), kTypes.end(), [&](const auto& item) {
-      return item.first == tensor.scalar_type();
-    });
+    const auto* type = std::find_if(
+        kTypes.begin(), kTypes.end(),
+        [&tensor = tensor](const auto& item) { return item.first == tensor.scalar_type(); });
     if (type == kTypes.end())
       throw Error("tensor '" + name + "' has a type safetensors cannot hold");
     data.push_back(tensor.detach().to(at::kCPU).contiguous());
