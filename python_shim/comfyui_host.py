@@ -28,7 +28,14 @@ import folder_paths
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.model_base import SDXL, SDXLRefiner, Stable_Zero123, SVD_img2vid
+from comfy.model_base import (
+    SDXL,
+    Lotus,
+    SD_X4Upscaler,
+    SDXLRefiner,
+    Stable_Zero123,
+    SVD_img2vid,
+)
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from PIL import Image
 from server import PromptServer
@@ -57,6 +64,12 @@ _CROSS_ATTENTION = re.compile(
 _PIXELS_PER_LATENT = 8
 _TRAINING_STEPS = 1000
 _READ_AN_IMAGE = (SVD_img2vid, Stable_Zero123)  # instead of a text, in their cross-attention
+# Draw nothing without a picture to begin with, so that there is nothing to train on or to judge.
+_BEGIN_WITH_A_PICTURE = {
+    SDXLRefiner: "an SDXL refiner, which only finishes what the base model has begun",
+    SD_X4Upscaler: "an upscaler",
+    Lotus: "an estimator of depth or normals",
+}
 _NOT_THE_TEXT_TRANSFORMER = ("text_projection", "logit_scale", "position_ids")
 _PLAIN_DTYPES = {
     torch.float64,
@@ -343,8 +356,30 @@ class ComfyDenoiser:
             return levels.clone()
 
     def latent_shape(self, width: int, height: int) -> list[int]:
+        self._check_draws_from_text()
         channels = self.patcher.model.latent_format.latent_channels
         return [channels, height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT]
+
+    def _check_draws_from_text(self) -> None:
+        model = self.patcher.model
+        for kind, what in _BEGIN_WITH_A_PICTURE.items():
+            if isinstance(model, kind):
+                raise HostError(
+                    f"This MODEL is {what}, and cannot draw from a text alone: connect a MODEL "
+                    "that can (Attention Refine edits this one, too)."
+                )
+        if not isinstance(model.diffusion_model, UNetModel):
+            return
+        channels = model.latent_format.latent_channels
+        latent = torch.zeros(1, channels, 8, 8)
+        told = model.concat_cond(**_neutral_picture(latent))
+        given = channels + (0 if told is None else told.shape[1])
+        wanted = model.diffusion_model.in_channels
+        if given != wanted:
+            raise HostError(
+                f"This MODEL reads {wanted} channels and ComfyUI gives it {given}, so that it "
+                "cannot draw: connect a MODEL that KSampler can draw with."
+            )
 
     def to_host_latent(self, latent: torch.Tensor) -> torch.Tensor:
         return self.patcher.model.process_latent_out(latent)
@@ -497,8 +532,7 @@ def _conditions(
     told = model.extra_conds(
         cross_attn=context,
         pooled_output=None if pooled is None else leave_inference_mode(pooled.to(latent.device)),
-        noise=latent,
-        device=latent.device,
+        **_neutral_picture(latent),
         width=width * _PIXELS_PER_LATENT,
         height=height * _PIXELS_PER_LATENT,
     )
@@ -509,6 +543,19 @@ def _conditions(
     return {
         name: keep_gradient(value) if isinstance(value, torch.Tensor) else value
         for name, value in processed.items()
+    }
+
+
+def _neutral_picture(latent: torch.Tensor) -> dict[str, Any]:
+    """What the sampler knows of an empty latent: models that also read a picture (inpainting,
+    instruct-pix2pix, unCLIP) then put their own blank in its place."""
+    return {
+        "noise": latent,
+        "latent_image": torch.zeros_like(latent),
+        "denoise_mask": None,
+        "seed": 0,
+        "device": latent.device,
+        "prompt_type": "positive",
     }
 
 

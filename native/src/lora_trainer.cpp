@@ -680,6 +680,8 @@ void check(const LoraTraining& training, const LoraOptions& options) {
   }
   lacuna::check(options.focal);
   check_images(training.images);
+  // A host refuses a model that cannot draw from a text here, before anything is encoded.
+  training.model.latent_shape(options.width, options.height);
 
   const int64_t width = training.encoder.width();
   for (const Layer& layer : layers_of(training.model, width)) {

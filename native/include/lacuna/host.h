@@ -143,7 +143,8 @@ class Denoiser {
                                                      double strength) = 0;
   // Sigma of every training timestep, ascending, [1000] float32 CPU.
   virtual at::Tensor noise_levels() = 0;
-  // [c, h, w] of the latent of a picture of that size in pixels.
+  // [c, h, w] of the latent of a picture of that size in pixels. Throws where the model cannot draw
+  // from a text alone (a refiner, an upscaler): asked before any work starts.
   virtual std::vector<int64_t> latent_shape(int64_t width, int64_t height) = 0;
   // Between the model's own latent scale and that of LATENT sockets and image decoders.
   virtual at::Tensor to_host_latent(const at::Tensor& latent) = 0;
