@@ -82,8 +82,6 @@ std::string report(const Refinement& refinement, const LoraExport& lora, double 
 
 }  // namespace
 
-AttentionRefineNode::AttentionRefineNode() : cache_(kRefineCacheBytes) {}
-
 const NodeSchema& AttentionRefineNode::schema() const {
   static const NodeSchema schema{
       .id = "LacunaAttentionRefine",
@@ -243,7 +241,8 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
   check_phrases(*clip, concepts);
   const at::Tensor gram = projection_gram(*model, projections, progress);
 
-  const RefinementProblem problem = collect_problem(*clip, concepts, options, &cache_, progress);
+  auto cache = cache_.borrow(kRefineCacheBytes);
+  const RefinementProblem problem = collect_problem(*clip, concepts, options, &*cache, progress);
   Refinement refinement = solve_refinement(problem, options, gram);
   refinement.concepts = concepts;
   refinement.encoder_fingerprint = clip->fingerprint();

@@ -422,7 +422,9 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   // What is there already, from LORAS or from an earlier run of this node.
   const std::string how = recipe(options, training.refinement, training.images);
   const std::string model_key = fingerprint_of(*model, *clip, progress);
-  std::erase_if(finished_, [&](const auto& entry) {
+  auto loan = finished_.borrow();
+  std::map<std::string, TrainedConcept>& finished = *loan;
+  std::erase_if(finished, [&](const auto& entry) {
     return !entry.first.starts_with(model_key + '\n' + how);  // of no use any more
   });
   std::vector<Concept> missing;
@@ -436,7 +438,7 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
     if (same != bundle.concepts.end()) {
       ready[item.target] = *same;
       ++from_loras;
-    } else if (finished_.contains(key_of(model_key, item, how))) {
+    } else if (finished.contains(key_of(model_key, item, how))) {
       ++from_memory;
     } else {
       missing.push_back(item);
@@ -447,7 +449,7 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   try {
     train_loras(training, missing, options, progress, [&](TrainedConcept done) {
       const std::string key = key_of(model_key, done.lora->item, how);
-      finished_.insert_or_assign(key, std::move(done));
+      finished.insert_or_assign(key, std::move(done));
     });
   } catch (const std::exception& e) {
     // The host must see its own exception, but only we know what would help.
@@ -466,8 +468,8 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   std::string lines;
   int64_t preview_count = 0;
   for (const Concept& item : set.concepts) {
-    const auto it = finished_.find(key_of(model_key, item, how));
-    if (ready.contains(item.target) || it == finished_.end()) continue;
+    const auto it = finished.find(key_of(model_key, item, how));
+    if (ready.contains(item.target) || it == finished.end()) continue;
     const TrainedConcept& done = it->second;
     ready[item.target] = done.lora;
     used.insert(*it);
@@ -484,7 +486,7 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
     if (used.size() <= 20) lines += "\n" + item.target + ": " + percent(done);
   }
   if (used.size() > 20) lines += "\nand " + std::to_string(used.size() - 20) + " more";
-  finished_ = std::move(used);
+  finished = std::move(used);
 
   std::erase_if(bundle.concepts,
                 [&](const auto& lora) { return ready.contains(lora->item.target); });

@@ -15,6 +15,7 @@
 #include "lacuna/lora_export.h"
 #include "lacuna/low_rank.h"
 #include "lacuna/text.h"
+#include "lacuna/typed_list.h"
 #include "nodes/edit_report.h"
 
 namespace lacuna {
@@ -37,9 +38,10 @@ FusionOptions read_fusion_options(const NodeInputs& inputs) {
 ConceptStrengths parse_strengths(const std::string& text) {
   ConceptStrengths strengths;
   std::set<std::string> seen;
-  for (const std::string& line : split_lines(text)) {
-    const std::string body = normalize_phrase(split_comment(line).first);
-    if (body.empty()) continue;
+  ReadingNotes unused;
+  const std::string list = "'concept strengths'";
+  for (const TypedLine& line : typed_lines(list_body(text, list, unused), list, unused)) {
+    const std::string& body = line.text;
     const size_t equals = body.rfind('=');
     const std::string name =
         equals == std::string::npos ? "" : normalize_phrase(body.substr(0, equals));
@@ -49,8 +51,8 @@ ConceptStrengths parse_strengths(const std::string& text) {
     std::string rest;
     if (name.empty() || !(number >> strength) || (number >> rest) || !(strength >= 0.0) ||
         strength > kMaxStrength) {
-      throw Error("concept strengths: cannot read '" + body +
-                  "'; write a concept and a number from 0 to 2, as in: church = 0.5");
+      throw Error("concept strengths: cannot read " + in_quotes(body) +
+                  "; write a concept and a number from 0 to 2, as in: church = 0.5");
     }
     if (!seen.insert(fold_case(name)).second) {
       throw Error("concept strengths: '" + name + "' is listed twice; remove one of them");
@@ -62,9 +64,10 @@ ConceptStrengths parse_strengths(const std::string& text) {
 
 std::vector<std::string> parse_names(const std::string& text) {
   std::vector<std::string> names;
-  for (const std::string& line : split_lines(text)) {
-    std::string name = normalize_phrase(split_comment(line).first);
-    if (!name.empty()) names.push_back(std::move(name));
+  ReadingNotes unused;
+  const std::string list = "'leave out'";
+  for (TypedLine& line : typed_lines(list_body(text, list, unused), list, unused)) {
+    names.push_back(std::move(line.text));
   }
   return names;
 }
@@ -202,8 +205,6 @@ InputSpec more_loras(const char* id, const char* name) {
 }
 
 }  // namespace
-
-LoraFuseNode::LoraFuseNode() : cache_(kFuseCacheBytes) {}
 
 const NodeSchema& LoraFuseNode::schema() const {
   static const NodeSchema schema{
@@ -375,10 +376,12 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   for (const auto& item : bundle.concepts) {
     for (std::string& phrase : phrases(item->item)) erased.push_back(std::move(phrase));
   }
+  auto cache = cache_.borrow(kFuseCacheBytes);
   const KeptText kept =
-      collect_kept_text(*clip, bundle.preserve, bundle.general_prior, erased, &cache_, progress);
-  sums_.assign(bundle.concepts);
-  const Fusion fusion = sums_.solve(kept, options, selection.strengths, progress);
+      collect_kept_text(*clip, bundle.preserve, bundle.general_prior, erased, &*cache, progress);
+  auto sums = sums_.borrow();
+  sums->assign(bundle.concepts);
+  const Fusion fusion = sums->solve(kept, options, selection.strengths, progress);
   const SharedFactorization factors(fusion.patch.delta, gram, 2 * lora_rank, progress);
   const LoraExport lora =
       export_lora(*model, projections, fusion.patch, factors, lora_rank, strength, progress);

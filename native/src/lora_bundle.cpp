@@ -13,7 +13,10 @@
 #include <set>
 #include <utility>
 
+#include "lacuna/checksum.h"
 #include "lacuna/error.h"
+#include "lacuna/json_text.h"
+#include "lacuna/output_file.h"
 #include "lacuna/safetensors_file.h"
 #include "lacuna/text.h"
 
@@ -27,8 +30,6 @@ constexpr int64_t kMaxWidth = 16'384;
 // Statistics are sums of squared embeddings, up to some 1e6, and LoRAs are far below that: what is
 // larger comes from no training, and products of it leave the range of floating point.
 constexpr double kLargestValue = 1e10;
-
-std::string quoted(const std::string& text) { return "'" + text + "'"; }
 
 bool is_float_matrix(const at::Tensor& t, int64_t rows, int64_t columns) {
   return t.defined() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble) &&
@@ -74,61 +75,13 @@ at::Tensor unpack(const at::Tensor& packed, int64_t d) {
   return m;
 }
 
-// FNV-1a on words of eight bytes: each step is a bijection of the state, so that no single changed
-// word goes unnoticed. Against accidents, not against forgery.
-class Checksum {
- public:
-  void add(const void* data, size_t size) {
-    const auto* bytes = static_cast<const char*>(data);
-    add_word(size);
-    for (; size >= 8; bytes += 8, size -= 8) {
-      uint64_t word = 0;
-      std::memcpy(&word, bytes, 8);
-      add_word(word);
-    }
-    uint64_t word = 0;
-    // An empty tensor has no address, and memcpy must not be given that, not even for no bytes.
-    if (size > 0) std::memcpy(&word, bytes, size);
-    add_word(word);
-  }
-  void add(std::string_view text) { add(text.data(), text.size()); }
-  std::string text() const {
-    char hex[17];
-    std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(state_));
-    return hex;
-  }
-
- private:
-  void add_word(uint64_t word) {
-    state_ = (state_ ^ word) * 0x100000001b3ull;
-    state_ ^= state_ >> 32;
-  }
-  uint64_t state_ = 0xcbf29ce484222325ull;
-};
-
-std::string checksum_of(const SafetensorsFile& file) {
-  Checksum sum;
-  for (const auto& [key, value] : file.metadata) {
-    if (key == "checksum") continue;
-    sum.add(key);
-    sum.add(value);
-  }
-  for (const auto& [name, tensor] : file.tensors) {
-    sum.add(name);
-    const std::vector<int64_t> shape = tensor.sizes().vec();
-    sum.add(shape.data(), shape.size() * sizeof(int64_t));
-    sum.add(tensor.const_data_ptr(), tensor.nbytes());
-  }
-  return sum.text();
-}
-
 std::string prefix_of(size_t index) { return "concept." + std::to_string(index) + "."; }
 
 }  // namespace
 
 void check(const ConceptLora& item) {
   const auto fail = [&](const std::string& what) {
-    return Error(quoted(item.item.target) + " " + what + "; train it again with LoRA Erase");
+    return Error(in_quotes(item.item.target) + " " + what + "; train it again with LoRA Erase");
   };
   if (item.pairs.empty()) throw fail("has no LoRA");
   if (!item.prompt_gram.defined() || item.prompt_gram.dim() != 2) throw fail("has no statistics");
@@ -168,8 +121,8 @@ void check(const LoraBundle& bundle) {
   for (const auto& item : bundle.concepts) {
     check(*item);
     if (item->prompt_gram.size(0) != bundle.concepts.front()->prompt_gram.size(0)) {
-      throw Error("the LoRAs of " + quoted(item->item.target) + " and " +
-                  quoted(bundle.concepts.front()->item.target) +
+      throw Error("the LoRAs of " + in_quotes(item->item.target) + " and " +
+                  in_quotes(bundle.concepts.front()->item.target) +
                   " belong to text encoders of different width");
     }
   }
@@ -221,14 +174,14 @@ void check_fits(const LoraBundle& bundle, Denoiser& model, TextEncoder& encoder,
   for (const AttentionProjection& projection : projections) known.insert(projection.lora_name);
   for (const auto& item : bundle.concepts) {
     if (item->prompt_gram.size(0) != encoder.width()) {
-      throw Error("the LoRA of " + quoted(item->item.target) +
+      throw Error("the LoRA of " + in_quotes(item->item.target) +
                   " belongs to a text encoder of width " +
                   std::to_string(item->prompt_gram.size(0)) + ", the CLIP connected has " +
                   std::to_string(encoder.width()) + "; connect the right one");
     }
     for (const auto& [name, pair] : item->pairs) {
       if (!known.contains(name)) {
-        throw Error("the LoRA of " + quoted(item->item.target) + " has a layer '" + name +
+        throw Error("the LoRA of " + in_quotes(item->item.target) + " has a layer '" + name +
                     "' that this model (" + model.family() +
                     ") does not have; connect the model it was trained on");
       }
@@ -281,7 +234,7 @@ LoraBundle merge(const std::vector<std::shared_ptr<const LoraBundle>>& bundles) 
         merged.concepts.push_back(item);
         for (const std::string& phrase : phrases(item->item)) erased.insert(fold_case(phrase));
       } else if (!identical(*it->second, *item)) {
-        throw Error(quoted(item->item.target) +
+        throw Error(in_quotes(item->item.target) +
                     " comes with two different LoRAs; remove it from one of the inputs");
       }
     }
@@ -305,7 +258,7 @@ ConceptSet concept_set_of(const LoraBundle& bundle) {
   return set;
 }
 
-void save_bundle(const LoraBundle& bundle, const std::string& path) {
+void write_bundle(const LoraBundle& bundle, OutputFile& out) {
   check(bundle);
   SafetensorsFile file;
   json training = json::array();
@@ -331,7 +284,7 @@ void save_bundle(const LoraBundle& bundle, const std::string& path) {
   try {
     file.metadata["training"] = training.dump();
   } catch (const json::exception&) {
-    throw Error("cannot write '" + path + "': a training record is not valid UTF-8 text");
+    throw Error("cannot write '" + out.name() + "': a training record is not valid UTF-8 text");
   }
   file.metadata["model_fingerprint"] = bundle.model_fingerprint;
   file.metadata["encoder_fingerprint"] = bundle.encoder_fingerprint;
@@ -342,7 +295,13 @@ void save_bundle(const LoraBundle& bundle, const std::string& path) {
     file.metadata["encoder_samples"] = to_text(bundle.encoder_samples);
   }
   file.metadata["checksum"] = checksum_of(file);
-  save_safetensors(file, path);
+  write_safetensors(file, out);
+}
+
+void save_bundle(const LoraBundle& bundle, const std::string& path) {
+  OutputFile out(path);
+  write_bundle(bundle, out);
+  out.commit();
 }
 
 LoraBundle load_bundle(const std::string& path) {
@@ -386,15 +345,9 @@ LoraBundle load_bundle(const std::string& path) {
       throw fail(e.what());
     }
   }
-  json training;
-  try {
-    training = json::parse(meta("training"), [&](int depth, json::parse_event_t, json&) {
-      if (depth > 2) throw fail("its training records are nested too deeply");
-      return true;
-    });
-  } catch (const json::exception&) {
-    throw fail("its training records are not JSON");
-  }
+  const json training =
+      parse_json(meta("training"), "'" + path + "' is not a readable Lacuna bundle: its training",
+                 {.depth = 2, .values = 20'000});
   if (!training.is_array() || training.size() != set.concepts.size()) {
     throw fail("its training records do not fit its concepts");
   }

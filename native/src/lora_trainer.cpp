@@ -28,6 +28,7 @@
 #include "lacuna/attention_tap.h"
 #include "lacuna/concept_images.h"
 #include "lacuna/error.h"
+#include "lacuna/json_text.h"
 #include "lacuna/latent_sampler.h"
 #include "lacuna/option_range.h"
 #include "lacuna/prompt_templates.h"
@@ -546,7 +547,7 @@ class Trainer {
         key_weight = weight_of(layer.key, query).t();
         if (options_.suppress_value > 0.0) value_weight = weight_of(layer.value, query).t();
       }
-      const auto row = [&](const at::Tensor& rows) {
+      const auto row = [&query, prompt = prompt](const at::Tensor& rows) {
         return rows.narrow(0, prompt, 1).to(query.options());
       };
       const at::Tensor original = row(job.prompts.embedding.context);
@@ -754,8 +755,13 @@ std::string recipe(const LoraOptions& options, const Refinement* refinement,
 }
 
 std::string recipe_of(const ConceptLora& lora) {
-  const auto json = ordered_json::parse(lora.training, nullptr, false);
-  return json.is_object() && json.contains("recipe") ? json["recipe"].dump() : "";
+  try {
+    const ordered_json json =
+        parse_ordered_json(lora.training, "the training record", {.depth = 8, .values = 10'000});
+    return json.is_object() && json.contains("recipe") ? json["recipe"].dump() : "";
+  } catch (const Error&) {
+    return "";
+  }
 }
 
 void train_loras(const LoraTraining& training, const std::vector<Concept>& concepts,

@@ -325,6 +325,24 @@ def test_no_place_for_the_text_cache(server: Server, build: Builder) -> None:
         folder.symlink_to(target)
 
 
+def test_names_of_files_are_filled_in(server: Server, build: Builder) -> None:
+    """The page does it for ComfyUI's own savers only, so ours do it themselves."""
+    prefix = "named/%LacunaAttentionRefine.strength%_%Edit.method%_%Words.kind%_%date:yyyy%_%year%"
+    save = {"class_type": "LacunaSaveLoRA",
+            "inputs": {"lora": ["refine", 2], "filename_prefix": prefix}}  # fmt: skip
+    graph = build.edit() | {"save": save}
+    graph["refine"] = graph["refine"] | {"_meta": {"title": "Edit"}}
+    page = {"nodes": [{"id": "set", "properties": {"Node name for S&R": "Words"}}]}
+    extra = {"extra_pnginfo": {"workflow": page}}
+    prompt = server.post("/prompt", {"prompt": graph, "extra_data": extra})["prompt_id"]
+    run = server.wait(prompt)
+    assert run.status == "success", run.error
+    year = time.localtime().tm_year
+    assert [file.name for file in (server.output / "named").iterdir()] == [
+        f"1_uce_object_{year}_{year}_00001_.safetensors"
+    ]
+
+
 def test_no_place_for_the_lora(server: Server, build: Builder) -> None:
     (server.output / "blocked").write_text("not a folder")
     run = server.wait(server.queue(build.edit() | _save_lora(server, "blocked/x")))

@@ -40,7 +40,8 @@ class EvaluateErasureNodeTest : public testing::DeviceTest {
                 {"steps", int64_t{2}},
                 {"width", int64_t{64}},
                 {"height", int64_t{64}},
-                {"neighbours", std::string(" eagle # a bird\n\nc# # a word\nhawk\n")}}) {
+                {"neighbours",
+                 std::string("\xEF\xBB\xBF- eagle # a bird\n\n- c# # a word\n- \"hawk\"\n")}}) {
       more.try_emplace(id, value);
     }
     return node_.run(NodeInputs(node_.schema(), std::move(more)), progress_);
@@ -122,6 +123,11 @@ TEST_P(EvaluateErasureNodeTest, WidgetsAreJudgedBeforeQueueing) {
   std::string many;
   for (int i = 0; i < 201; ++i) many += "word" + std::to_string(i) + "\n";
   EXPECT_NE(message({{"neighbours", many}}).find("201 lines"), std::string::npos);
+  for (const char* typed : {"hawk -> eagle", "hawk | eagle", "(hawk:1.3)", "a; b", "-"}) {
+    EXPECT_NE(message({{"neighbours", std::string(typed)}}).find("'neighbours', line 1"),
+              std::string::npos)
+        << typed;
+  }
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("diffusers", reason='needs pip install "lacuna[headless]"')
+pytest.importorskip("diffusers", reason="needs diffusers")
 
 from python_shim import sampling, sd1_checkpoint
 from python_shim.diffusers_host import DiffusersHost
