@@ -11,6 +11,7 @@
 
 #include "lacuna/attention_projection.h"
 #include "lacuna/error.h"
+#include "lacuna/lora_bundle.h"
 #include "lacuna/random_stream.h"
 #include "lacuna/text.h"
 
