@@ -8,6 +8,7 @@
 #include <bit>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
@@ -25,6 +26,8 @@ namespace {
 
 using nlohmann::json;
 
+// What a size or a stride of a tensor can count, in bytes.
+constexpr uint64_t kMaxBytes = std::numeric_limits<int64_t>::max();
 constexpr uint64_t kMaxHeader = 100'000'000;  // the format's own limit
 constexpr int kMaxDimensions = 8;
 // A bundle of 10,000 concepts of an SD1.x model. A header is read tensor by tensor, so that the
@@ -152,15 +155,16 @@ class Reader {
     const auto type_name = value["dtype"].get<std::string>();
     const auto* type = std::find_if(kTypes.begin(), kTypes.end(),
                                     [&](const auto& item) { return type_name == item.second; });
-    if (type == kTypes.end()) throw wrong("dtype (" + in_quotes(type_name, 20) + ")");
+    if (type == kTypes.end()) throw wrong("dtype (" + type_name.substr(0, 20) + ")");
     entry.type = type->first;
-    // The element count is bounded by the bytes that are really there, so it cannot overflow.
+    // Strides count a size of zero as one: they must not overflow even where nothing is stored.
     uint64_t bytes = c10::elementSize(entry.type);
     for (uint64_t size : shape) {
-      if (size != 0 && bytes > data_size_ / size) throw wrong("shape");
-      bytes *= size;
+      if (size > kMaxBytes / bytes) throw wrong("shape");
+      bytes *= std::max<uint64_t>(size, 1);
       entry.shape.push_back(static_cast<int64_t>(size));
     }
+    if (std::find(shape.begin(), shape.end(), 0u) != shape.end()) bytes = 0;
     if (bytes != entry.end - entry.begin) throw wrong("size");
     return entry;
   }
