@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "fuzz/targets.h"
 
-#include <unistd.h>
-
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
 
 #include "lacuna/error.h"
 #include "lacuna/text.h"
+#include "support/random_data.h"
 
 namespace lacuna::fuzz {
 
@@ -25,10 +24,9 @@ bool ends_well(const std::function<void()>& read) {
   }
 }
 
-InputFile::InputFile(std::string_view input)
-    : path_((std::filesystem::temp_directory_path() /
-             ("lacuna_fuzz_" + std::to_string(getpid()) + ".safetensors"))
-                .string()) {
+InputFile::InputFile(std::string_view input) {
+  static const testing::TemporaryFolder folder;
+  path_ = folder.path("input.safetensors");
   std::ofstream(path_, std::ios::binary) << input;
 }
 
