@@ -157,7 +157,7 @@ class Reader {
     const auto type_name = value["dtype"].get<std::string>();
     const auto* type = std::find_if(kTypes.begin(), kTypes.end(),
                                     [&](const auto& item) { return type_name == item.second; });
-    if (type == kTypes.end()) throw wrong("dtype (" + in_quotes(type_name, 20) + ")");
+    if (type == kTypes.end()) throw wrong("dtype (" + type_name.substr(0, 20) + ")");
     entry.type = type->first;
     // Strides count a size of zero as one: they must not overflow even where nothing is stored.
     uint64_t bytes = c10::elementSize(entry.type);
