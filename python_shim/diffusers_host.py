@@ -23,7 +23,7 @@ from .autograd import (
     usable_for_autograd,
 )
 from .errors import HostError, brief
-from .fingerprint import fingerprint
+from .fingerprint import Identity, identify
 from .lora_file import Delta
 from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
 
@@ -43,9 +43,17 @@ class DiffusersTextEncoder:
         self.window: int = self._model.config.max_position_embeddings
         self.cache_directory = cache_directory
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        return fingerprint(self._weights)
+        return self._identity.fingerprint
+
+    @property
+    def weight_samples(self) -> dict[str, list[float]]:
+        return self._identity.samples
+
+    @cached_property
+    def _identity(self) -> Identity:
+        return identify((f"clip_l.{name}", weight) for name, weight in self._weights.items())
 
     def tokenize(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
@@ -153,8 +161,8 @@ class _SharedUNet:
                 self.layers[name.removesuffix(".to_k.weight")] = module
 
     @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.weights[name] for name, _, _ in self.cross_attention)
+    def identity(self) -> Identity:
+        return identify((lora, self.weights[name]) for name, lora, _ in self.cross_attention)
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,11 @@ class DiffusersDenoiser:
 
     @property
     def fingerprint(self) -> str:
-        return self._base.fingerprint
+        return self._base.identity.fingerprint
+
+    @property
+    def weight_samples(self) -> dict[str, list[float]]:
+        return self._base.identity.samples
 
     def cross_attention(self) -> list[tuple[str, str, str]]:
         return list(self._base.cross_attention)

@@ -50,7 +50,7 @@ class SD1Checkpoint:
     unet: torch.nn.Module
     unet_names: dict[str, str]  # diffusers parameter name -> LDM name without prefix
     text_model: CLIPTextModel
-    text_weights: list[torch.Tensor]  # every parameter of the text transformer, for the fingerprint
+    text_weights: Weights  # every parameter of the text transformer, for the fingerprint
     tokenizer: Tokenizer
     vae: VAE
 
@@ -279,7 +279,7 @@ def _build_unet(weights: Weights, path: Path) -> torch.nn.Module:
     return _build(lambda: UNet2DConditionModel(**config), weights, "UNet", path)
 
 
-def _build_text_model(weights: Weights, path: Path) -> tuple[CLIPTextModel, list[torch.Tensor]]:
+def _build_text_model(weights: Weights, path: Path) -> tuple[CLIPTextModel, Weights]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     ignored = ("embeddings.position_ids", "text_projection", "logit_scale")
@@ -301,7 +301,7 @@ def _build_text_model(weights: Weights, path: Path) -> tuple[CLIPTextModel, list
             f"{path.name}: the text encoder is {embedding.shape[1]} wide, SD1.x needs "
             f"{CONTEXT_WIDTH}; {WHAT_WORKS}."
         )
-    all_weights = list(weights.values())
+    all_weights = weights
     weights, layers = _without_identity_layers(weights, layers)
     config = CLIPTextConfig(
         vocab_size=embedding.shape[0],
