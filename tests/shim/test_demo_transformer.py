@@ -4,6 +4,7 @@ tests/comfyui/in_process/check_demo_transformer.py."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,8 @@ def test_training_goes_on_from_the_checkpoint_and_from_compact_weights(
         if path.name == "transformer.pt":
             raise KeyboardInterrupt
 
+    small = functools.partial(networks.make_transformer, blocks=1, heads=1)
+    monkeypatch.setattr(stage_transformer, "make_transformer", small)
     once = run(work, 2)
     (work / "transformer.pt").unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -135,7 +138,6 @@ def test_training_goes_on_from_the_checkpoint_and_from_compact_weights(
     assert export.main(["transformer", "--work", str(work), "--out", str(out)]) == 0
     with safe_open(out / "transformer.safetensors", framework="pt") as file:
         assert file.metadata()["steps"] == "2" and float(file.metadata()["loss"]) > 0
-    assert (out / "transformer.safetensors").stat().st_size < 25e6
     (work / "transformer.pt").unlink()
     later = run(work, 3, start)
     assert (later["step"], later["begun"]) == (3, 2)
@@ -164,6 +166,7 @@ def test_diffusers_reads_sd3s_names_as_the_weights_they_came_from(compact_file: 
     """By diffusers' own converter."""
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
+    assert compact_file.stat().st_size < 20e6
     weights = expand_transformer.padded(load_file(compact_file))
     back = convert_sd3_transformer_checkpoint_to_diffusers(expand_transformer.sd3_names(weights))
     assert back.keys() == weights.keys()
@@ -177,7 +180,8 @@ def test_the_diffusers_folder_opens(compact_file: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusion3Pipeline
 
     folder = expand_transformer.write_diffusers_folder(tmp_path, compact_file)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    absent = dict.fromkeys(("text_encoder_2", "text_encoder_3", "tokenizer_2", "tokenizer_3"))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32, **absent)
     pipeline.set_progress_bar_config(disable=True)
     compact = networks.make_transformer()
     networks.load_weights(compact, compact_file)

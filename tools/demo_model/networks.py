@@ -176,7 +176,7 @@ def make_unet() -> nn.Module:
     )
 
 
-def make_transformer() -> nn.Module:
+def make_transformer(blocks: int = 4, heads: int = 4) -> nn.Module:
     """SD3's transformer with four blocks of width 256, for one text encoder of the three: 9.4 M
     parameters. A checkpoint has zero columns for the other two (10.5 M)."""
     from diffusers import SD3Transformer2DModel
@@ -186,11 +186,11 @@ def make_transformer() -> nn.Module:
         patch_size=2,
         in_channels=FLOW_COPIES * LATENT_CHANNELS,
         out_channels=FLOW_COPIES * LATENT_CHANNELS,
-        num_layers=4,
-        num_attention_heads=4,
+        num_layers=blocks,
+        num_attention_heads=heads,
         attention_head_dim=64,
         joint_attention_dim=WIDTH,
-        caption_projection_dim=256,
+        caption_projection_dim=64 * heads,
         pooled_projection_dim=WIDTH,
         pos_embed_max_size=LATENT_SIZE,
         qk_norm="rms_norm",

@@ -64,9 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="pictures of a step (generators and VAE)")
     parser.add_argument("--cool-down", type=int, default=0, metavar="STEPS",
                         help="last steps, of falling learning rate (transformer)")  # fmt: skip
-    parser.add_argument(
-        "--compile", action="store_true", help="use torch.compile (transformer stage)"
-    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if options.threads:
@@ -87,7 +84,6 @@ def main(arguments: list[str] | None = None) -> int:
                     pool=options.pool,
                     batch=options.batch,
                     cool_down=options.cool_down,
-                    compiled=options.compile,
                 ),
             )
     except corpus.CorpusError as error:

@@ -29,7 +29,6 @@ class Options:
     cool_down: int = (
         0  # last steps, in which the learning rate falls to nothing (transformer stage)
     )
-    compiled: bool = False  # by torch.compile (transformer stage)
 
     def checkpoint(self, stage: str) -> Path:
         return self.work / f"{stage}.pt"
