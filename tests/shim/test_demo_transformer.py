@@ -181,7 +181,7 @@ def test_the_diffusers_folder_opens(compact_file: Path, tmp_path: Path) -> None:
 
     folder = expand_transformer.write_diffusers_folder(tmp_path, compact_file)
     absent = dict.fromkeys(("text_encoder_2", "text_encoder_3", "tokenizer_2", "tokenizer_3"))
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32, **absent)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **absent).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     compact = networks.make_transformer()
     networks.load_weights(compact, compact_file)
