@@ -104,7 +104,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(work: Path, steps: int, start: Path = ASSETS) -> dict[str, Any]:
     arguments = ["transformer", "--work", str(work), "--start", str(start), "--steps", str(steps)]
-    arguments += ["--pool", "1", "--batch", "2", "--save-every", "1"]
+    arguments += ["--pool", "1", "--batch", "2"]
     assert train.main(arguments) == 0
     return torch.load(work / "transformer.pt", weights_only=True)
 
@@ -123,6 +123,7 @@ def test_training_goes_on_from_the_checkpoint_and_from_compact_weights(
     (work / "transformer.pt").unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(stage_transformer, "save_checkpoint", save_and_stop)
+        patch.setattr(stage_transformer, "SAVE_SECONDS", 0.0)  # not at the end only
         run(work, 2)
     twice = run(work, 2)
     assert (twice["step"], twice["begun"]) == (2, 0)

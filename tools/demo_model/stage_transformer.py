@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,7 @@ RENDERINGS = 8  # of every caption, encoded beforehand
 # Noise levels are logit-normal around the middle of SD3's schedule (shift 3).
 SHIFT, SPREAD = 3.0, 1.2
 MULTIPLIER = 1000.0  # timestep of a noise level
+SAVE_SECONDS = 120.0  # between checkpoints at most: in the background a step can take long
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def run(options: Options) -> None:
         optimizer.load_state_dict(state["optimizer"])
         done, begun = state["step"], state["begun"]
     parameters, averages = list(model.parameters()), list(average.parameters())
-    progress = Progress("transformer", options.steps)
+    progress, saved = Progress("transformer", options.steps), time.monotonic()
     count = options.batch or BATCH
     for step in range(done, options.steps):
         rate = learning_rate(step, begun, options.steps, options.cool_down)
@@ -211,7 +213,8 @@ def run(options: Options) -> None:
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
         progress(step + 1, loss=loss.detach())
-        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+        late = time.monotonic() - saved > SAVE_SECONDS
+        if late or (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             save_checkpoint(
                 options.checkpoint("transformer"),
                 {
@@ -223,3 +226,4 @@ def run(options: Options) -> None:
                     "loss": float(progress.means["loss"]),
                 },
             )
+            saved = time.monotonic()
