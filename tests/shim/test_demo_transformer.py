@@ -125,6 +125,7 @@ def test_training_goes_on_from_the_checkpoint_and_from_compact_weights(
         patch.setattr(stage_transformer, "save_checkpoint", save_and_stop)
         patch.setattr(stage_transformer, "SAVE_SECONDS", 0.0)  # not at the end only
         run(work, 2)
+    assert torch.load(work / "transformer.pt", weights_only=True)["step"] == 1
     twice = run(work, 2)
     assert (twice["step"], twice["begun"]) == (2, 0)
     for part in ("model", "average"):
