@@ -21,7 +21,7 @@ using Values = std::map<std::string, Value>;
 
 constexpr int64_t kSize = 16;
 
-std::shared_ptr<const ConceptSet> set_of(const std::vector<std::string>& targets) {
+std::shared_ptr<const ConceptSet> concepts_named(const std::vector<std::string>& targets) {
   ConceptSet set;
   set.general_prior = GeneralPriorSize::kNone;
   for (const std::string& target : targets) {
@@ -58,7 +58,7 @@ class ThreadsTest : public testing::SeededTest {
   static Values inputs(const std::vector<std::string>& targets, Values more) {
     more.try_emplace("model", std::shared_ptr<Denoiser>(model()));
     more.try_emplace("clip", std::shared_ptr<TextEncoder>(std::make_shared<FakeTextEncoder>()));
-    more.try_emplace("concepts", set_of(targets));
+    more.try_emplace("concepts", concepts_named(targets));
     return more;
   }
   static std::shared_ptr<FakeDenoiser> model() {
