@@ -213,7 +213,7 @@ TEST_F(LoraBundleTest, MergeKeepsEveryConceptAndPhraseOnce) {
   refuse([&] { merge({a, with([](auto& x) { x.encoder_fingerprint = "y"; })}); }, "text encoders");
   // The same weights in fp8: of 0.1 that is 0.1015625.
   const auto fp8 = with([](auto& x) {
-    x.model_fingerprint = "y";
+    x.model_fingerprint = "y-model";
     x.model_samples.begin()->second = {0.1015625f, 0.0f};
   });
   EXPECT_EQ(merge({a, fp8}).model_fingerprint, "fake-model");
@@ -232,7 +232,7 @@ TEST_F(LoraBundleTest, FitsOnlyItsOwnModelAndEncoder) {
   EXPECT_NO_THROW(check_fits(good, model, encoder, projections));
   LoraBundle other = good;
   // The model in another weight type, and another one.
-  other.model_fingerprint = "y";
+  other.model_fingerprint = "y-model";
   model.samples_ = {{"lora_unet_layer_0_to_k", {0.1015625f, 0.0f}}};
   EXPECT_NO_THROW(check_fits(other, model, encoder, projections));
   model.samples_.begin()->second[0] = 0.125f;

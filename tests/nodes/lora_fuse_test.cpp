@@ -234,7 +234,7 @@ TEST_P(LoraFuseTest, TheSameModelInAnotherWeightTypeIsTheSame) {
   model_->samples_ = {{"lora_unet_layer_0_to_k", {0.1f, 0.3f}}};
   const NodeResult upgraded = run({{"loras_2", Bundle(earlier)}});
   EXPECT_EQ(loras_of(upgraded).model_samples, model_->samples_);
-  model_->fingerprint_ = "in fp8";
+  model_->fingerprint_ = "fp8-model";
   model_->samples_.begin()->second = {0.1015625f, 0.3125f};
   const Bundle saved = std::get<Bundle>(upgraded.outputs[2]);
   EXPECT_EQ(message_of([&] { run({{"loras", saved}}); }), "");
