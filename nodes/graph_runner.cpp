@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "lacuna/error.h"
+#include "lacuna/json_text.h"
 #include "lacuna/text.h"
 #include "nodes/file_name.h"
 
@@ -17,7 +18,8 @@ using nlohmann::json;
 
 constexpr size_t kMaxTextBytes = 8u << 20;
 constexpr size_t kMaxNodes = 2'000;
-constexpr int kMaxDepth = 32;
+// Two thousand nodes of a hundred widgets, or of thirty links.
+constexpr JsonLimits kJsonLimits{.depth = 32, .values = 200'000};
 
 std::string label(const WorkflowNode& node) {
   return "node " + node.id + " (" + node.class_type + ")";
@@ -122,15 +124,7 @@ void check_node(const Workflow& workflow, const WorkflowNode& node, const NodeRe
 
 Workflow parse_workflow(std::string_view text) {
   if (text.size() > kMaxTextBytes) throw Error("the workflow is larger than 8 MiB");
-  json root;
-  try {
-    root = json::parse(text, [](int depth, json::parse_event_t, json&) {
-      if (depth > kMaxDepth) throw Error("the workflow is nested too deeply");
-      return true;
-    });
-  } catch (const json::exception& e) {
-    throw Error(std::string("the workflow is not valid JSON: ") + e.what());
-  }
+  const json root = parse_json(text, "the workflow", kJsonLimits);
   if (!root.is_object()) throw Error("the workflow must be a JSON object");
   if (root.contains("nodes") && root.contains("links")) {
     throw Error(

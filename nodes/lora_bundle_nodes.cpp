@@ -123,6 +123,9 @@ NodeResult LoadBundleNode::run(const NodeInputs& inputs, Progress& progress) {
     report += (i == 0 ? "" : ", ") + bundle->concepts[i]->item.target;
   }
   if (n > 10) report += " and " + std::to_string(n - 10) + " more";
+  if (const std::string name = short_name(model_of(*bundle)); !name.empty()) {
+    report += "\nTrained on base model " + name + ".";
+  }
   return {.outputs = {std::move(bundle), std::move(concepts), report}, .text = {report}};
 }
 

@@ -11,6 +11,7 @@
 
 #include "lacuna/attention_projection.h"
 #include "lacuna/error.h"
+#include "lacuna/lora_bundle.h"
 #include "lacuna/random_stream.h"
 #include "lacuna/text.h"
 
@@ -108,15 +109,10 @@ Pictures read_pictures(const NodeInputs& inputs, size_t concepts) {
 }
 
 void check_bundle(const LoraBundle& bundle, Denoiser& model, TextEncoder& encoder) {
-  if (bundle.model_fingerprint != model.fingerprint()) {
-    throw Error(
-        "LoRA Erase: LORAS were trained on another base model (its weights differ); connect the "
-        "model they belong to, or leave LORAS unconnected");
-  }
-  if (bundle.encoder_fingerprint != encoder.fingerprint()) {
-    throw Error(
-        "LoRA Erase: LORAS were trained with another text encoder (its weights differ); connect "
-        "the CLIP they belong to, or leave LORAS unconnected");
+  try {
+    check_weights(bundle, model, encoder);
+  } catch (const Error& e) {
+    throw Error("LoRA Erase: 'loras': " + std::string(e.what()) + ", or leave it unconnected");
   }
 }
 
@@ -414,6 +410,7 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   if (inputs.has("loras")) {
     bundle = *inputs.get<std::shared_ptr<const LoraBundle>>("loras");
     check_bundle(bundle, *model, *clip);
+    add_samples(bundle, *model, *clip);
   }
   if (pictures.images.defined()) {
     training.images.latents = model->from_host_latent(training.decoder->encode(pictures.images))
@@ -498,8 +495,16 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   for (const Concept& item : set.concepts) bundle.concepts.push_back(ready.at(item.target));
   bundle.preserve = set.preserve;
   bundle.general_prior = set.general_prior;
-  bundle.model_fingerprint = model->fingerprint();
-  bundle.encoder_fingerprint = clip->fingerprint();
+  // What LORAS say stays: those are the same weights, maybe in a finer type.
+  const bool all_new = passed_on + from_loras == 0;
+  if (all_new || bundle.model_fingerprint.empty()) {
+    bundle.model_fingerprint = model->fingerprint();
+    bundle.model_samples = model->weight_samples();
+  }
+  if (all_new || bundle.encoder_fingerprint.empty()) {
+    bundle.encoder_fingerprint = clip->fingerprint();
+    bundle.encoder_samples = clip->weight_samples();
+  }
 
   std::string text = "Trained " + std::to_string(missing.size()) +
                      (missing.size() == 1 ? " concept" : " concepts") + " (" +

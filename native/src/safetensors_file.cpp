@@ -10,12 +10,15 @@
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <utility>
 #include <vector>
 
 #include "lacuna/error.h"
 #include "lacuna/file_path.h"
+#include "lacuna/json_text.h"
 #include "lacuna/output_file.h"
+#include "lacuna/text.h"
 
 static_assert(std::endian::native == std::endian::little, "safetensors data is little-endian");
 
@@ -28,6 +31,10 @@ using nlohmann::json;
 constexpr uint64_t kMaxBytes = std::numeric_limits<int64_t>::max();
 constexpr uint64_t kMaxHeader = 100'000'000;  // the format's own limit
 constexpr int kMaxDimensions = 8;
+// A bundle of 10,000 concepts of an SD1.x model. A header is read tensor by tensor, so that the
+// values of one count, or those of all metadata.
+constexpr size_t kMaxTensors = 500'000;
+constexpr JsonLimits kHeaderLimits{.depth = 5, .values = 100'000};
 
 constexpr std::array<std::pair<at::ScalarType, const char*>, 10> kTypes{{
     {at::kDouble, "F64"},
@@ -104,34 +111,30 @@ class Reader {
 
   std::vector<Entry> parse_header(const std::string& text,
                                   std::map<std::string, std::string>& metadata) const {
-    json header;
-    try {
-      header = json::parse(text, [this](int depth, json::parse_event_t, json&) {
-        if (depth > 4) throw damaged("its header is nested too deeply");
-        return true;
-      });
-    } catch (const json::exception&) {
-      throw damaged("its header is not JSON");
-    }
-    if (!header.is_object()) throw damaged("its header is not an object");
     std::vector<Entry> entries;
-    for (const auto& [name, value] : header.items()) {
-      if (name == "__metadata__") {
-        if (!value.is_object()) throw damaged("its metadata is not an object");
-        for (const auto& [key, item] : value.items()) {
-          if (!item.is_string()) throw damaged("its metadata holds more than text");
-          metadata.emplace(key, item.get<std::string>());
-        }
-      } else {
-        entries.push_back(parse_entry(name, value));
+    std::set<std::string> names;
+    const std::string what = std::string(damaged("").what()) + "its header";
+    parse_json_members(text, what, kHeaderLimits, [&](const std::string& name, const json& value) {
+      if (!names.insert(name).second) throw damaged("it names " + in_quotes(name) + " twice");
+      if (names.size() > kMaxTensors) {
+        throw damaged("it holds more than " + std::to_string(kMaxTensors) + " tensors");
       }
-    }
+      if (name != "__metadata__") {
+        entries.push_back(parse_entry(name, value));
+        return;
+      }
+      if (!value.is_object()) throw damaged("its metadata is not an object");
+      for (const auto& [key, item] : value.items()) {
+        if (!item.is_string()) throw damaged("its metadata holds more than text");
+        metadata.emplace(key, item.get<std::string>());
+      }
+    });
     return entries;
   }
 
   Entry parse_entry(const std::string& name, const json& value) const {
     const auto wrong = [&](const std::string& what) {
-      return damaged("tensor '" + name.substr(0, 100) + "' has a wrong " + what);
+      return damaged("tensor " + in_quotes(name, 100) + " has a wrong " + what);
     };
     const auto unsigned_list = [&](const char* key) {
       std::vector<uint64_t> list;
@@ -186,9 +189,9 @@ void write_safetensors(const SafetensorsFile& file, OutputFile& out) {
   std::vector<at::Tensor> data;
   uint64_t offset = 0;
   for (const auto& [name, tensor] : file.tensors) {
-    const auto* type = std::find_if(kTypes.begin(), kTypes.end(), [&](const auto& item) {
-      return item.first == tensor.scalar_type();
-    });
+    const auto* type = std::find_if(
+        kTypes.begin(), kTypes.end(),
+        [&tensor = tensor](const auto& item) { return item.first == tensor.scalar_type(); });
     if (type == kTypes.end())
       throw Error("tensor '" + name + "' has a type safetensors cannot hold");
     data.push_back(tensor.detach().to(at::kCPU).contiguous());

@@ -13,6 +13,7 @@
 #include "support/fake_host.h"
 #include "support/message_of.h"
 #include "support/random_data.h"
+#include "support/worst_json.h"
 
 namespace lacuna {
 namespace {
@@ -213,7 +214,8 @@ TEST_F(GraphRunnerTest, MalformedWorkflowsNameTheFault) {
 }
 
 TEST_F(GraphRunnerTest, TextThatIsNotAWorkflow) {
-  EXPECT_NE(message_of([] { parse_workflow("{"); }).find("not valid JSON"), std::string::npos);
+  EXPECT_NE(message_of([] { parse_workflow("{"); }).find("cannot be read as JSON"),
+            std::string::npos);
   EXPECT_NE(message_of([] { parse_workflow("[]"); }), "");
   EXPECT_NE(message_of([] { parse_workflow("{}"); }).find("no nodes"), std::string::npos);
   EXPECT_NE(
@@ -223,6 +225,15 @@ TEST_F(GraphRunnerTest, TextThatIsNotAWorkflow) {
             std::string::npos);
   EXPECT_NE(message_of([] { parse_workflow(std::string(100'000, '[')); }).find("nested"),
             std::string::npos);
+  const auto worst = testing::worst_json(8u << 20);
+  for (const char* kind : {"lists", "objects of one parent", "short keys"}) {
+    const auto cost = testing::cost_of(
+        [&] { EXPECT_NE(message_of([&] { parse_workflow(worst.at(kind)); }), "") << kind; });
+    EXPECT_LE(cost.megabytes, 100) << kind;
+#ifdef NDEBUG
+    EXPECT_LE(cost.seconds, 1.0) << kind;
+#endif
+  }
   std::string many = "{";
   for (int i = 0; i < 2'001; ++i)
     many += (i ? ",\"" : "\"") + std::to_string(i) + R"(":{"class_type":"X"})";

@@ -227,6 +227,27 @@ TEST(ConceptSetNodeTest, ReadsWidgetsAndChains) {
   EXPECT_NE(message_of([&] { concepts_of("Van Gogh style", {{"previous", first}}); }), "");
 }
 
+TEST(ConceptSetNodeTest, ReportsWhatItRead) {
+  ConceptSetNode node;
+  SilentProgress progress;
+  const NodeResult result = node.run(
+      NodeInputs(node.schema(), {{"concepts", std::string("- hamburger => apple | burger\n- a, b")},
+                                 {"preserve", std::string("\"pizza\"")}}),
+      progress);
+  EXPECT_EQ(std::get<std::string>(result.outputs[2]),
+            "Erases 2 concepts, keeps 1 phrase.\n"
+            "'hamburger' -> 'apple', with 'burger'\n"
+            "'a, b' -> 'scenery'\n"
+            "In 'concepts':\n"
+            "Lines 1, 2: bullets left out.\n"
+            "Line 1: '=>' read as '->'.\n"
+            "Check line 2: 'a, b' is read as one phrase, commas and all; write each on a line of "
+            "its own if these are several.\n"
+            "In 'preserve':\n"
+            "Line 1: quotes left out.");
+  EXPECT_EQ(result.text, std::vector<std::string>{std::get<std::string>(result.outputs[2])});
+}
+
 TEST(ConceptSetNodeTest, ValidatesBeforeQueueing) {
   const ConceptSetNode node;
   const auto message = [&](Values values) {
@@ -321,6 +342,37 @@ TEST_P(AttentionRefineTest, ConditioningFormGivesTheSamePictures) {
   EXPECT_GT(relative_difference(sample(*model_), sample(*model_of(weights))), 1e-3);
   EXPECT_NE(message_of([&] { run({{"apply_as", std::string("weights")}}); }).find("packed"),
             std::string::npos);
+}
+
+TEST_P(AttentionRefineTest, TheReportSaysWhatSavingMeans) {
+  const auto says = [&](Values more, const std::string& part) {
+    const std::string text = run(std::move(more)).text[0];
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+    return text;
+  };
+  EXPECT_EQ(says({}, "Applied to the weights.").find("Save Checkpoint"), std::string::npos);
+  const std::string chosen =
+      says({{"apply_as", std::string("conditioning")}}, "as 'apply as' says");
+  EXPECT_EQ(chosen.find("packed"), std::string::npos) << chosen;
+  EXPECT_NE(chosen.find("Save Checkpoint writes the model with the concepts still in it"),
+            std::string::npos);
+  model_->patchable_ = false;
+  EXPECT_NE(says({}, "because this model's weights are packed").find("save the LoRA"),
+            std::string::npos);
+  says({{"strength", 0.0}}, "the model is unchanged");
+}
+
+TEST_P(AttentionRefineTest, TheReportWarnsOfViolentEdits) {
+  const auto report = [&](Values more) { return run(std::move(more)).text[0]; };
+  EXPECT_EQ(report({}).find("Warning"), std::string::npos);
+  // What the prompts hardly ever hold is turned around when nothing resists.
+  const std::string violent = report({{"regularization", 0.0},
+                                      {"strength", 2.0},
+                                      {"concepts", concepts_of("black cat -> fog\nowl -> tree")}});
+  for (const char* part : {"Warning: ", "damages pictures", "raise 'regularization' to 10",
+                           "lower 'strength'", "'general prior'", "'preserve'"}) {
+    EXPECT_NE(violent.find(part), std::string::npos) << violent;
+  }
 }
 
 TEST_P(AttentionRefineTest, ValueOnlyLeavesKeysAlone) {

@@ -58,6 +58,42 @@ def test_versions_agree(native) -> None:
     assert native.torch_version == torch.__version__.split("+")[0]
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "猫" * 600,
+        "猫" * 1_000_000,
+        "owl -> " + "é" * 600,
+        "{“format”: 1}",
+        '{"format": "' + "猫" * 1000 + '"}',
+        '{"format": "lacuna.concepts/1", "' + "猫" * 1000 + '": 1}',
+        '{"format": "lacuna.concepts/1", "concepts": [{"target": "a", "kind": "'
+        + "猫" * 1000
+        + '"}]}',
+        "猫\n猫",
+        "<lora:" + "猫" * 600 + ":1>",
+        "a\0b -> " + "\x01" * 600,
+    ],
+)
+def test_what_is_wrong_with_a_text_is_told_in_a_sentence(native, pack, typed: str) -> None:
+    """No message holds half a character (that was a UnicodeDecodeError) or fills the screen."""
+    for field in ("concepts", "preserve"):
+        values = {"concepts": "fine", "kind": "object", "default_anchor": "", "preserve": ""}
+        values |= {"general_prior": "none", "templates": 4, field: typed}
+        with pytest.raises(native.LacunaError) as error:
+            pack.validate("LacunaConceptSet", values)
+        assert len(str(error.value)) < 1300
+
+
+def test_what_is_wrong_with_a_workflow_is_told_in_a_sentence(native) -> None:
+    quotes = '{"1": {“ "../xLacunaSave"class_type": "LacunaSaveLoRA", "inputs": {}}}'
+    long = '{"1": {"class_type": "' + "猫" * 100_000 + '"}}'
+    for text in (quotes, long, '{"' + "猫" * 100_000 + '": 1}', '{"1": "' + "猫" * 100_000):
+        with pytest.raises(native.LacunaError) as error:
+            native.NodePack.run_workflow(text, object())
+        assert len(str(error.value)) < 1300
+
+
 def test_the_committed_schemas_are_those_of_the_binary(pack) -> None:
     committed = (REPOSITORY / "python_shim" / "node_schemas.json").read_text("utf-8")
     assert committed == pack.schemas(), "run `make schemas`"

@@ -54,6 +54,7 @@ struct Refinement {
   ConceptSet concepts;
   RefinementOptions options;
   std::string encoder_fingerprint;
+  WeightSamples encoder_samples;
 };
 
 // Throws Error for options out of range.
