@@ -56,8 +56,9 @@ void SaveBundleNode::validate(const NodeInputs& constants) const {
 NodeResult SaveBundleNode::run(const NodeInputs& inputs, Progress& progress) {
   progress.check();
   const LoraBundle& bundle = *inputs.get<std::shared_ptr<const LoraBundle>>("loras");
+  const SafetensorsFile file = to_safetensors(bundle);
   OutputFile out = numbered_file(output_folder_, inputs.string("filename_prefix"), ".safetensors");
-  write_bundle(bundle, out);
+  write_safetensors(file, out);
   const std::string path = out.commit();
   const size_t n = bundle.concepts.size();
   const std::string report =

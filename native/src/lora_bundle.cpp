@@ -16,7 +16,6 @@
 #include "lacuna/checksum.h"
 #include "lacuna/error.h"
 #include "lacuna/json_text.h"
-#include "lacuna/output_file.h"
 #include "lacuna/safetensors_file.h"
 #include "lacuna/text.h"
 
@@ -258,7 +257,7 @@ ConceptSet concept_set_of(const LoraBundle& bundle) {
   return set;
 }
 
-void write_bundle(const LoraBundle& bundle, OutputFile& out) {
+SafetensorsFile to_safetensors(const LoraBundle& bundle) {
   check(bundle);
   SafetensorsFile file;
   json training = json::array();
@@ -284,7 +283,7 @@ void write_bundle(const LoraBundle& bundle, OutputFile& out) {
   try {
     file.metadata["training"] = training.dump();
   } catch (const json::exception&) {
-    throw Error("cannot write '" + out.name() + "': a training record is not valid UTF-8 text");
+    throw Error("the LoRAs cannot be saved: a training record is not valid UTF-8 text");
   }
   file.metadata["model_fingerprint"] = bundle.model_fingerprint;
   file.metadata["encoder_fingerprint"] = bundle.encoder_fingerprint;
@@ -295,13 +294,11 @@ void write_bundle(const LoraBundle& bundle, OutputFile& out) {
     file.metadata["encoder_samples"] = to_text(bundle.encoder_samples);
   }
   file.metadata["checksum"] = checksum_of(file);
-  write_safetensors(file, out);
+  return file;
 }
 
 void save_bundle(const LoraBundle& bundle, const std::string& path) {
-  OutputFile out(path);
-  write_bundle(bundle, out);
-  out.commit();
+  save_safetensors(to_safetensors(bundle), path);
 }
 
 LoraBundle load_bundle(const std::string& path) {

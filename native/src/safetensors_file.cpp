@@ -81,8 +81,10 @@ class Reader {
     SafetensorsFile file;
     std::vector<Entry> entries = parse_header(text, file.metadata);
     // In file order: one pass over the disk, and gaps or overlaps show at once.
-    std::sort(entries.begin(), entries.end(),
-              [](const Entry& a, const Entry& b) { return a.begin < b.begin; });
+    // Empty tensors, which end where they begin, come before what starts there.
+    std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
+      return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
+    });
     uint64_t position = 0;
     for (const Entry& entry : entries) {
       if (entry.begin != position) throw damaged("tensor data overlaps or leaves gaps");

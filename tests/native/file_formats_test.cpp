@@ -128,6 +128,22 @@ TEST_P(FileTest, HostileSafetensorsAreErrors) {
   EXPECT_THROW(load_safetensors(folder_.path("absent")), Error);
 }
 
+// Writers may store them in any order beside the tensor that starts at the same place.
+TEST_P(FileTest, EmptyTensorsMayLieAnywhere) {
+  const std::string path = folder_.path("e.safetensors");
+  for (const char* names : {"abc", "cba", "bca", "bac"}) {
+    const auto entry = [](char name, const char* shape, const char* offsets) {
+      return std::string("\"") + name + R"(":{"dtype":"F32","shape":)" + shape +
+             R"(,"data_offsets":)" + offsets + "}";
+    };
+    const std::string header = "{" + entry(names[0], "[1]", "[0,4]") + "," +
+                               entry(names[1], "[3,0]", "[0,0]") + "," +
+                               entry(names[2], "[0]", "[4,4]") + "}";
+    write(path, safetensors(header, "1234"));
+    EXPECT_EQ(load_safetensors(path).tensors.size(), 3u) << names;
+  }
+}
+
 TEST_P(FileTest, MutatedSafetensorsNeverCrash) {
   const std::string path = folder_.path("m.safetensors");
   save_safetensors({{{"a", at::rand({5, 3})}, {"b", at::rand({7})}}, {{"k", "v"}}}, path);

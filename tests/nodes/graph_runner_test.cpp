@@ -107,7 +107,7 @@ TEST_F(GraphRunnerTest, NamesOfFilesAreFilledIn) {
   const auto ends = [](const std::string& path, const std::string& end) {
     EXPECT_TRUE(path.ends_with(end)) << path;
   };
-  ends(by_node["9"].images[0], "/18446744073709551615/4_euler_32x16_%nobody.x%_00001_.png");
+  ends(by_node["9"].images[0], "/18446744073709551615/4_euler_4x2_%nobody.x%_00001_.png");
   ends(by_node["10"].files[0], "/black cat -_ fog_00001_.safetensors");
   ends(by_node["13"].files[0],
        "/uce_" + std::to_string(local_time().tm_year + 1900) + "_00001_.safetensors");

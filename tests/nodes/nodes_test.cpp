@@ -133,12 +133,16 @@ TEST(SaveLoraNodeTest, TwoProcessesNeverTakeOneName) {
   const NodeInputs inputs(node.schema(), {{"lora", std::make_shared<const LoraTensors>(LoraTensors{
                                                        {"x.lora_up.weight", at::ones({30, 10})}})},
                                           {"filename_prefix", std::string("loras/one")}});
+  int start[2];  // closed by this process: both begin at once
+  ASSERT_EQ(pipe(start), 0);
   std::vector<pid_t> children;
   for (int i = 0; i < 2; ++i) {
     const pid_t child = fork();
     if (child == 0) {
       SilentProgress progress;
-      bool saved = true;
+      close(start[1]);
+      char byte = 0;
+      bool saved = read(start[0], &byte, 1) == 0;
       for (int n = 0; n < kSaves; ++n) {
         saved = std::filesystem::exists(node.run(inputs, progress).files.at(0)) && saved;
       }
@@ -146,6 +150,8 @@ TEST(SaveLoraNodeTest, TwoProcessesNeverTakeOneName) {
     }
     children.push_back(child);
   }
+  close(start[0]);
+  close(start[1]);
   for (const pid_t child : children) {
     int status = -1;
     waitpid(child, &status, 0);

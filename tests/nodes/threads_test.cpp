@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Nodes keep work between runs, and hosts run nodes without the GIL: two runs of one node at once
 // each give what they give alone.
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <thread>
@@ -38,18 +39,19 @@ std::shared_ptr<const ConceptSet> concepts_named(const std::vector<std::string>&
 // Calls back once, in the middle of a run.
 class Interrupting : public Progress {
  public:
-  explicit Interrupting(std::function<void()> at_check, int64_t check)
-      : at_check_(std::move(at_check)), left_(check) {}
-  void report(int64_t, int64_t) override {}
+  Interrupting(int64_t at, std::function<void()> call) : at_(at), call_(std::move(call)) {}
+  void report(int64_t, int64_t) override { check(); }
   void check() override {
-    if (left_-- == 0) at_check_();
+    if (++checks == at_) call_();
   }
-  void status(const std::string&) override {}
-  void preview(const at::Tensor&) override {}
+  void status(const std::string&) override { check(); }
+  void preview(const at::Tensor&) override { check(); }
+
+  int64_t checks = 0;
 
  private:
-  std::function<void()> at_check_;
-  int64_t left_;
+  int64_t at_;
+  std::function<void()> call_;
 };
 
 class ThreadsTest : public testing::SeededTest {
@@ -92,19 +94,19 @@ class ThreadsTest : public testing::SeededTest {
   // both at once, again and again.
   static void check(const std::function<std::unique_ptr<Node>()>& make, const Values& first,
                     const Values& second, size_t output) {
-    const at::Tensor alone = numbers(run(*make(), first), output);
+    Interrupting never(-1, [] {});
+    const at::Tensor alone = numbers(run(*make(), first, never), output);
     const at::Tensor other = numbers(run(*make(), second), output);
-    const std::unique_ptr<Node> node = make();
-    for (const int64_t point : {1, 3, 6, 10}) {
-      Interrupting progress(
-          [&] {
-            std::thread([&] {
-              EXPECT_TRUE(at::equal(numbers(run(*node, second), output), other));
-            }).join();
-          },
-          point);
-      EXPECT_TRUE(at::equal(numbers(run(*node, first, progress), output), alone)) << point;
+    for (const int64_t tenths : {1, 3, 5, 6, 7, 9, 10}) {
+      const std::unique_ptr<Node> node = make();
+      Interrupting progress(std::max<int64_t>(1, tenths * never.checks / 10), [&] {
+        std::thread([&] {
+          EXPECT_TRUE(at::equal(numbers(run(*node, second), output), other));
+        }).join();
+      });
+      EXPECT_TRUE(at::equal(numbers(run(*node, first, progress), output), alone)) << tenths;
     }
+    const std::unique_ptr<Node> node = make();
     std::atomic<int> wrong = 0;
     std::vector<std::thread> threads;
     for (int i = 0; i < 4; ++i) {

@@ -8,10 +8,9 @@
 #include "lacuna/attention_projection.h"
 #include "lacuna/concept_lora.h"
 #include "lacuna/host.h"
+#include "lacuna/safetensors_file.h"
 
 namespace lacuna {
-
-class OutputFile;
 
 // Throws Error naming the concept: no LoRA, no statistics, tensors that do not fit each other, NaN,
 // infinity, or numbers that no training gives.
@@ -54,8 +53,8 @@ ConceptSet concept_set_of(const LoraBundle& bundle);
 // ones as packed upper triangles; a checksum covers everything, because training takes hours and
 // a damaged statistic would not be noticed. Written to a temporary name and renamed.
 void save_bundle(const LoraBundle& bundle, const std::string& path);
-// The same without the commit.
-void write_bundle(const LoraBundle& bundle, OutputFile& out);
+// What save_bundle() writes; throws the Errors of check().
+SafetensorsFile to_safetensors(const LoraBundle& bundle);
 // Statistics come back as float32: half the memory for a hundred concepts, and all that was stored.
 // Throws Error when the file is damaged or of another format.
 LoraBundle load_bundle(const std::string& path);
