@@ -8,6 +8,8 @@
 
 #include "lacuna/error.h"
 #include "lacuna/json_text.h"
+#include "lacuna/text.h"
+#include "nodes/file_name.h"
 
 namespace lacuna {
 namespace {
@@ -38,6 +40,40 @@ Value constant(const WorkflowNode& node, const std::string& input, const json& v
   if (value.is_number_float()) return value.get<double>();
   if (value.is_string()) return value.get<std::string>();
   throw Error(label(node) + ": input '" + input + "' has a value this runner cannot read");
+}
+
+std::string title_of(const json& entry) {
+  const json::json_pointer path("/_meta/title");
+  return entry.contains(path) && entry[path].is_string() ? entry[path].get<std::string>() : "";
+}
+
+// A value as the page writes it in the name of a file.
+std::string text_of(const json& value) {
+  if (value.is_string()) return value.get<std::string>();
+  if (value.is_number_float()) return format_numbers("%.15g", value.get<double>());
+  return value.dump();
+}
+
+// What %Node.widget% stands for; of several nodes of one name the first one counts.
+WidgetTexts widget_texts(const Workflow& workflow) {
+  WidgetTexts texts;
+  for (const auto name : {&WorkflowNode::class_type, &WorkflowNode::title}) {
+    for (const auto& [id, node] : workflow) {
+      for (const auto& [widget, text] : node.texts) texts.emplace(node.*name + "." + widget, text);
+    }
+  }
+  return texts;
+}
+
+// With the names of files written out, so that they are judged before anything runs.
+Workflow with_file_names(Workflow workflow, const NodeRegistry& registry) {
+  const WidgetTexts widgets = widget_texts(workflow);
+  for (auto& [id, node] : workflow) {
+    if (const Node* type = registry.find(node.class_type)) {
+      fill_in_widgets(type->schema(), node.constants, widgets);
+    }
+  }
+  return workflow;
 }
 
 bool types_match(const std::string& from, const std::string& to) {
@@ -103,7 +139,7 @@ Workflow parse_workflow(std::string_view text) {
     if (!entry.is_object() || !entry.contains("class_type") || !entry["class_type"].is_string()) {
       throw Error("node " + id + " has no 'class_type'; is this an API-format workflow?");
     }
-    WorkflowNode node{id, entry["class_type"].get<std::string>(), {}, {}};
+    WorkflowNode node{id, entry["class_type"].get<std::string>(), title_of(entry)};
     if (entry.contains("inputs")) {
       if (!entry["inputs"].is_object()) throw Error(label(node) + ": 'inputs' must be an object");
       for (const auto& [input, value] : entry["inputs"].items()) {
@@ -114,6 +150,7 @@ Workflow parse_workflow(std::string_view text) {
           node.links[input] = {value[0].get<std::string>(), static_cast<size_t>(output)};
         } else if (!value.is_null()) {
           node.constants[input] = constant(node, input, value);
+          node.texts[input] = text_of(value);
         }
       }
     }
@@ -160,8 +197,9 @@ std::vector<std::string> plan_workflow(const Workflow& workflow, const NodeRegis
   return order;
 }
 
-std::vector<WorkflowOutput> run_workflow(const Workflow& workflow, const NodeRegistry& registry,
+std::vector<WorkflowOutput> run_workflow(const Workflow& as_written, const NodeRegistry& registry,
                                          Progress& progress) {
+  const Workflow workflow = with_file_names(as_written, registry);
   const std::vector<std::string> order = plan_workflow(workflow, registry);
   std::map<std::string, size_t> uses;  // how many links still read a node's outputs
   for (const std::string& id : order) {

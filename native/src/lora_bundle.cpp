@@ -3,10 +3,10 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
-#include <ATen/ops/isfinite.h>
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -16,6 +16,7 @@
 #include "lacuna/checksum.h"
 #include "lacuna/error.h"
 #include "lacuna/json_text.h"
+#include "lacuna/output_file.h"
 #include "lacuna/safetensors_file.h"
 #include "lacuna/text.h"
 
@@ -26,6 +27,9 @@ using nlohmann::json;
 
 constexpr std::string_view kBundleFormat = "lacuna.bundle/1";
 constexpr int64_t kMaxWidth = 16'384;
+// Statistics are sums of squared embeddings, up to some 1e6, and LoRAs are far below that: what is
+// larger comes from no training, and products of it leave the range of floating point.
+constexpr double kLargestValue = 1e10;
 
 bool is_float_matrix(const at::Tensor& t, int64_t rows, int64_t columns) {
   return t.defined() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble) &&
@@ -82,16 +86,21 @@ void check(const ConceptLora& item) {
   if (item.pairs.empty()) throw fail("has no LoRA");
   if (!item.prompt_gram.defined() || item.prompt_gram.dim() != 2) throw fail("has no statistics");
   const int64_t d = item.prompt_gram.size(0);
-  const auto finite = [](const at::Tensor& t) { return at::isfinite(t).all().item<bool>(); };
+  const auto check_values = [&](const at::Tensor& t, const std::string& where) {
+    const double largest = t.numel() == 0 ? 0.0 : t.abs().max().item<double>();
+    if (!std::isfinite(largest)) throw fail("has NaN or infinity in its " + where);
+    if (largest > kLargestValue) {
+      throw fail(format_numbers("has values up to %.2g in its ", largest) + where +
+                 ", which no training gives");
+    }
+  };
   for (const Statistic& statistic : kStatistics) {
     const at::Tensor& matrix = item.*statistic.member;
     if (!matrix.defined() && statistic.name != "prompt_gram") continue;
     if (!is_float_matrix(matrix, d, d)) {
       throw fail("has statistics that do not fit each other (" + std::string(statistic.name) + ")");
     }
-    if (!finite(matrix)) {
-      throw fail("has NaN or infinity in its statistics (" + std::string(statistic.name) + ")");
-    }
+    check_values(matrix, "statistics (" + std::string(statistic.name) + ")");
   }
   if (item.refinement_gram.defined() != item.refinement_shift.defined()) {
     throw fail("has only half of its refinement statistics");
@@ -101,9 +110,8 @@ void check(const ConceptLora& item) {
                       is_float_matrix(pair.up, pair.up.size(0), pair.up.size(1)) &&
                       is_float_matrix(pair.down, pair.up.size(1), d);
     if (!fits) throw fail("has a LoRA that does not fit its statistics (" + name + ")");
-    if (!finite(pair.up) || !finite(pair.down)) {
-      throw fail("has NaN or infinity in its LoRA (" + name + ")");
-    }
+    check_values(pair.up, "LoRA (" + name + ")");
+    check_values(pair.down, "LoRA (" + name + ")");
   }
 }
 
@@ -120,21 +128,48 @@ void check(const LoraBundle& bundle) {
   }
 }
 
+WeightIdentity model_of(const LoraBundle& bundle) {
+  return {bundle.model_fingerprint, bundle.model_samples};
+}
+
+WeightIdentity encoder_of(const LoraBundle& bundle) {
+  return {bundle.encoder_fingerprint, bundle.encoder_samples};
+}
+
+void check_weights(const LoraBundle& bundle, Denoiser& model, TextEncoder& encoder) {
+  const auto check_pair = [](const WeightIdentity& trained, const WeightIdentity& connected,
+                             const std::string& another, const std::string& to_do) {
+    const WeightComparison how = compare(trained, connected);
+    if (how.match == WeightMatch::kSame) return;
+    const std::string names = " (" + describe(trained, connected, how) + ")";
+    if (how.match != WeightMatch::kUnknownType) {
+      throw Error("these LoRAs were trained " + another + names + "; " + to_do);
+    }
+    throw Error("these LoRAs were trained " + another + names +
+                ", or on the same in another weight type: they come from a version of Lacuna that "
+                "could not tell; load the file they were trained on in the type it had then, and "
+                "save them once more behind LoRA Fuse: after that they fit every weight type");
+  };
+  check_pair(model_of(bundle), identity_of(model), "on another base model than the one connected",
+             "load the checkpoint they were trained on, or train them again on this one");
+  check_pair(encoder_of(bundle), identity_of(encoder),
+             "with another text encoder than the CLIP connected",
+             "connect the CLIP of the checkpoint they were trained on, or train them again with "
+             "this one");
+}
+
+void add_samples(LoraBundle& bundle, Denoiser& model, TextEncoder& encoder) {
+  if (bundle.model_samples.empty() && bundle.model_fingerprint == model.fingerprint()) {
+    bundle.model_samples = model.weight_samples();
+  }
+  if (bundle.encoder_samples.empty() && bundle.encoder_fingerprint == encoder.fingerprint()) {
+    bundle.encoder_samples = encoder.weight_samples();
+  }
+}
+
 void check_fits(const LoraBundle& bundle, Denoiser& model, TextEncoder& encoder,
                 const std::vector<AttentionProjection>& projections) {
-  const auto differ = [](const std::string& a, const std::string& b) {
-    return !a.empty() && !b.empty() && a != b;
-  };
-  if (differ(bundle.model_fingerprint, model.fingerprint())) {
-    throw Error(
-        "these LoRAs were trained on another base model than the one connected; load the "
-        "checkpoint they were trained on, or train them again on this one");
-  }
-  if (differ(bundle.encoder_fingerprint, encoder.fingerprint())) {
-    throw Error(
-        "these LoRAs were trained with another text encoder than the CLIP connected; connect the "
-        "CLIP of the checkpoint they were trained on, or train them again with this one");
-  }
+  check_weights(bundle, model, encoder);
   std::set<std::string> known;
   for (const AttentionProjection& projection : projections) known.insert(projection.lora_name);
   for (const auto& item : bundle.concepts) {
@@ -171,19 +206,27 @@ LoraBundle merge(const std::vector<std::shared_ptr<const LoraBundle>>& bundles) 
   merged.general_prior = GeneralPriorSize::kNone;
   std::map<std::string, std::shared_ptr<const ConceptLora>> targets;
   std::set<std::string> erased;
-  const auto take_fingerprint = [](std::string& known, const std::string& next, const char* what) {
-    if (known.empty()) known = next;
-    if (!next.empty() && next != known) {
+  const auto take_identity = [](std::string& fingerprint, WeightSamples& samples,
+                                const WeightIdentity& next, const char* what) {
+    const WeightIdentity known{fingerprint, samples};
+    if (const WeightComparison how = compare(known, next); how.match != WeightMatch::kSame) {
       throw Error(std::string("these LoRAs cannot be fused: they were trained on different ") +
-                  what + "; fuse only LoRAs made with one checkpoint");
+                  what + " (" + describe(known, next, how) +
+                  "); fuse only LoRAs made with one checkpoint");
+    }
+    // Of two files of one model, the one that says more about it.
+    if (known.fingerprint.empty() || (known.samples.empty() && !next.samples.empty())) {
+      fingerprint = next.fingerprint;
+      samples = next.samples;
     }
   };
   for (const auto& bundle : bundles) {
     if (bundle->concepts.empty()) {
       throw Error("one of the LoRAs inputs holds no concept; train some with LoRA Erase");
     }
-    take_fingerprint(merged.model_fingerprint, bundle->model_fingerprint, "base models");
-    take_fingerprint(merged.encoder_fingerprint, bundle->encoder_fingerprint, "text encoders");
+    take_identity(merged.model_fingerprint, merged.model_samples, model_of(*bundle), "base models");
+    take_identity(merged.encoder_fingerprint, merged.encoder_samples, encoder_of(*bundle),
+                  "text encoders");
     merged.general_prior = std::max(merged.general_prior, bundle->general_prior);
     for (const auto& item : bundle->concepts) {
       const auto [it, added] = targets.emplace(fold_case(item->item.target), item);
@@ -215,7 +258,7 @@ ConceptSet concept_set_of(const LoraBundle& bundle) {
   return set;
 }
 
-void save_bundle(const LoraBundle& bundle, const std::string& path) {
+void write_bundle(const LoraBundle& bundle, OutputFile& out) {
   check(bundle);
   SafetensorsFile file;
   json training = json::array();
@@ -241,12 +284,24 @@ void save_bundle(const LoraBundle& bundle, const std::string& path) {
   try {
     file.metadata["training"] = training.dump();
   } catch (const json::exception&) {
-    throw Error("cannot write '" + path + "': a training record is not valid UTF-8 text");
+    throw Error("cannot write '" + out.name() + "': a training record is not valid UTF-8 text");
   }
   file.metadata["model_fingerprint"] = bundle.model_fingerprint;
   file.metadata["encoder_fingerprint"] = bundle.encoder_fingerprint;
+  if (!bundle.model_samples.empty()) {
+    file.metadata["model_samples"] = to_text(bundle.model_samples);
+  }
+  if (!bundle.encoder_samples.empty()) {
+    file.metadata["encoder_samples"] = to_text(bundle.encoder_samples);
+  }
   file.metadata["checksum"] = checksum_of(file);
-  save_safetensors(file, path);
+  write_safetensors(file, out);
+}
+
+void save_bundle(const LoraBundle& bundle, const std::string& path) {
+  OutputFile out(path);
+  write_bundle(bundle, out);
+  out.commit();
 }
 
 LoraBundle load_bundle(const std::string& path) {
@@ -280,6 +335,16 @@ LoraBundle load_bundle(const std::string& path) {
   bundle.general_prior = set.general_prior;
   bundle.model_fingerprint = meta("model_fingerprint");
   bundle.encoder_fingerprint = meta("encoder_fingerprint");
+  for (const auto& [key, samples] : {std::pair{"model_samples", &bundle.model_samples},
+                                     std::pair{"encoder_samples", &bundle.encoder_samples}}) {
+    const auto it = file.metadata.find(key);
+    if (it == file.metadata.end()) continue;  // an earlier version's
+    try {
+      *samples = weight_samples_from_text(it->second);
+    } catch (const Error& e) {
+      throw fail(e.what());
+    }
+  }
   const json training =
       parse_json(meta("training"), "'" + path + "' is not a readable Lacuna bundle: its training",
                  {.depth = 2, .values = 20'000});

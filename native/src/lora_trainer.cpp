@@ -547,7 +547,7 @@ class Trainer {
         key_weight = weight_of(layer.key, query).t();
         if (options_.suppress_value > 0.0) value_weight = weight_of(layer.value, query).t();
       }
-      const auto row = [&](const at::Tensor& rows) {
+      const auto row = [&query, prompt = prompt](const at::Tensor& rows) {
         return rows.narrow(0, prompt, 1).to(query.options());
       };
       const at::Tensor original = row(job.prompts.embedding.context);
@@ -680,6 +680,8 @@ void check(const LoraTraining& training, const LoraOptions& options) {
   }
   lacuna::check(options.focal);
   check_images(training.images);
+  // A host refuses a model that cannot draw from a text here, before anything is encoded.
+  training.model.latent_shape(options.width, options.height);
 
   const int64_t width = training.encoder.width();
   for (const Layer& layer : layers_of(training.model, width)) {
@@ -699,10 +701,13 @@ void check(const LoraTraining& training, const LoraOptions& options) {
           "LoRAs are not trained on top of adversarial rounds; set 'adversarial rounds' of "
           "Attention Refine to 0");
     }
-    if (refinement->encoder_fingerprint != training.encoder.fingerprint()) {
-      throw Error(
-          "the refinement was made with another text encoder; connect the CLIP that went into "
-          "Attention Refine");
+    const WeightIdentity made{refinement->encoder_fingerprint, refinement->encoder_samples};
+    const WeightIdentity connected = identity_of(training.encoder);
+    const WeightComparison how = compare(made, connected);
+    if (how.match != WeightMatch::kSame) {
+      throw Error("the refinement was made with another text encoder (" +
+                  describe(made, connected, how) +
+                  "); connect the CLIP that went into Attention Refine");
     }
   }
 }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "lacuna/error.h"
+#include "lacuna/file_path.h"
 #include "lacuna/json_text.h"
 #include "lacuna/output_file.h"
 #include "lacuna/text.h"
@@ -59,7 +60,8 @@ struct Entry {
 class Reader {
  public:
   explicit Reader(const std::string& path) : path_(path), stream_(path, std::ios::binary) {
-    if (!stream_) throw Error("cannot open '" + path + "'");
+    check_path(path);
+    if (!stream_) throw Error("cannot open '" + shown_path(path) + "'");
     stream_.seekg(0, std::ios::end);
     file_size_ = static_cast<uint64_t>(stream_.tellg());
     stream_.seekg(0);
@@ -97,7 +99,7 @@ class Reader {
 
  private:
   Error damaged(const std::string& why) const {
-    return Error("'" + path_ + "' is not a readable safetensors file: " + why);
+    return Error("'" + shown_path(path_) + "' is not a readable safetensors file: " + why);
   }
 
   void read_bytes(void* target, uint64_t size) {
@@ -179,15 +181,15 @@ class Reader {
 
 SafetensorsFile load_safetensors(const std::string& path) { return Reader(path).read(); }
 
-void save_safetensors(const SafetensorsFile& file, const std::string& path) {
+void write_safetensors(const SafetensorsFile& file, OutputFile& out) {
   nlohmann::ordered_json header;
   if (!file.metadata.empty()) header["__metadata__"] = file.metadata;
   std::vector<at::Tensor> data;
   uint64_t offset = 0;
   for (const auto& [name, tensor] : file.tensors) {
-    const auto* type = std::find_if(kTypes.begin(), kTypes.end(), [&](const auto& item) {
-      return item.first == tensor.scalar_type();
-    });
+    const auto* type = std::find_if(
+        kTypes.begin(), kTypes.end(),
+        [&tensor = tensor](const auto& item) { return item.first == tensor.scalar_type(); });
     if (type == kTypes.end())
       throw Error("tensor '" + name + "' has a type safetensors cannot hold");
     data.push_back(tensor.detach().to(at::kCPU).contiguous());
@@ -201,11 +203,11 @@ void save_safetensors(const SafetensorsFile& file, const std::string& path) {
   try {
     text = header.is_null() ? "{}" : header.dump();
   } catch (const json::exception&) {
-    throw Error("cannot write '" + path + "': its metadata is not valid UTF-8 text");
+    throw Error("cannot write '" + shown_path(out.name()) +
+                "': its metadata is not valid UTF-8 text");
   }
   text.append((8 - text.size() % 8) % 8, ' ');  // data starts aligned
 
-  OutputFile out(path);
   const uint64_t header_size = text.size();
   std::string prefix(8, '\0');
   std::memcpy(prefix.data(), &header_size, 8);
@@ -214,6 +216,11 @@ void save_safetensors(const SafetensorsFile& file, const std::string& path) {
   for (const at::Tensor& tensor : data) {
     out.write({static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes()});
   }
+}
+
+void save_safetensors(const SafetensorsFile& file, const std::string& path) {
+  OutputFile out(path);
+  write_safetensors(file, out);
   out.commit();
 }
 

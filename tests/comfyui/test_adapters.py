@@ -7,15 +7,17 @@ import subprocess
 from pathlib import Path
 
 from comfy_server import Checkout, host_environment, host_python
+from host_fixtures import share_text_cache
 
 FOLDER = Path(__file__).with_name("in_process")
 
 
 def test_adapters_in_process(checkout: Checkout, checkpoint_file: Path, tmp_path: Path) -> None:
+    share_text_cache(tmp_path)
     environment = host_environment(
         COMFYUI_DIR=str(checkout.folder),
         LACUNA_TEST_CHECKPOINT=str(checkpoint_file),
-        LACUNA_TEST_USER=str(tmp_path),
+        LACUNA_TEST_USER=str(tmp_path / "user"),
     )
     command = [
         host_python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir", ".",

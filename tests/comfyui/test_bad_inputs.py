@@ -64,6 +64,22 @@ def test_attention_refine(
     assert len(sentences) == 1 and word in sentences[0]
 
 
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("", "the filename prefix is empty"),
+        ("loras/a\0b", "holds a NUL character"),
+        ("x" * 300, "too long"),
+        ("../x", "leaves the output folder"),
+    ],
+)
+def test_names_of_files(server: Server, build: Builder, prefix: str, words: str) -> None:
+    inputs = {"lora": ["refine", 2], "filename_prefix": prefix}
+    graph = build.edit() | {"save": {"class_type": "LacunaSaveLoRA", "inputs": inputs}}
+    sentences = _rejection(server, graph, "save")
+    assert len(sentences) == 1 and words in sentences[0] and len(sentences[0]) < 400
+
+
 def test_linked_text_is_judged_when_it_is_known(server: Server, build: Builder) -> None:
     """Text that comes through a link cannot be refused before the run; then it is, by name."""
     text = {"text": {"class_type": "PrimitiveStringMultiline", "inputs": {"value": "owl -> owl"}}}

@@ -40,7 +40,8 @@ class EvaluateErasureNodeTest : public testing::DeviceTest {
                 {"steps", int64_t{2}},
                 {"width", int64_t{64}},
                 {"height", int64_t{64}},
-                {"neighbours", std::string("\xEF\xBB\xBF- eagle # a bird\n\n- \"hawk\"\n")}}) {
+                {"neighbours",
+                 std::string("\xEF\xBB\xBF- eagle # a bird\n\n- c# # a word\n- \"hawk\"\n")}}) {
       more.try_emplace(id, value);
     }
     return node_.run(NodeInputs(node_.schema(), std::move(more)), progress_);
@@ -97,6 +98,7 @@ TEST_P(EvaluateErasureNodeTest, GivesASheetAReportAndNumbers) {
   EXPECT_NE(json.find("lacuna.evaluation/1"), std::string::npos);
   EXPECT_NE(json.find("\"eagle\""), std::string::npos);
   EXPECT_NE(json.find("\"hawk\""), std::string::npos);
+  EXPECT_NE(json.find("\"c#\""), std::string::npos);
   for (size_t i = 2; i < 7; ++i) {
     const double share = std::get<double>(result.outputs[i]);
     EXPECT_GE(share, 0.0);
