@@ -17,7 +17,7 @@ PY := $(VENV)/bin/python
 # Deterministic tests, and no OpenMP spinning on small machines.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-native test-python configure module build bench lint format schemas sanitize fuzz coverage clean
+.PHONY: demo test test-native test-python configure module build bench lint format schemas sanitize fuzz coverage clang clean
 
 demo: module
 	$(PY) tools/demo.py
@@ -109,5 +109,12 @@ coverage: $(VENV)/.packages
 	$(TEST_ENV) build-coverage/tests/native/lacuna_native_tests --gtest_brief=1
 	$(VENV)/bin/gcovr -r . --filter native/ build-coverage --print-summary
 
+# Compiles and links everything with clang; minutes, so that CI leaves it to whoever touches C++.
+clang: $(VENV)/.packages
+	$(VENV)/bin/cmake -S . -B build-clang -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_CXX_COMPILER=clang++ -DLACUNA_WERROR=ON \
+	  -DCMAKE_UNITY_BUILD=$(UNITY) -DLACUNA_BENCHMARKS=ON
+	$(VENV)/bin/cmake --build build-clang -j $(JOBS)
+
 clean:
-	rm -rf build build-sanitize build-fuzz build-coverage
+	rm -rf build build-sanitize build-fuzz build-coverage build-clang

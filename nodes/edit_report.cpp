@@ -13,8 +13,8 @@ namespace {
 // Measured on the demo model with uce, pictures of other things that are still right (neighbours
 // and unrelated captions, of 8 or 12 each, or 20), drawn as in tools/demo_model/protocol.json:
 //   a general prior (small):   128 %: 8, 8 of 8     268 %: 1, 7 of 8
-//   neither prior nor list:     27 %: 8, 8 of 8      48 % (ten concepts): 0, 1 of 8    80, 133 %: none
-//   17 to 67 listed phrases, regularization 0 to 1: listed things stay whatever the size; of
+//   neither prior nor list:     27 %: 8, 8 of 8      48 % (ten concepts): 0, 1 of 8    80, 133 %:
+//   none 17 to 67 listed phrases, regularization 0 to 1: listed things stay whatever the size; of
 //     neighbours 721 % leaves 17 of 20 (one concept), 652 % 4 of 12 (ten), 1507 % none (a hundred)
 constexpr double kBearable = 1.5;
 constexpr double kBearableUnheld = 0.35;  // where nothing holds the rest of the model in place

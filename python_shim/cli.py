@@ -229,11 +229,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         lora_directory=options.lora.parent if options.lora else None,
         device=options.device,
     )
+    edited_host = None if options.lora else DiffusersHost(options.edited, device=options.device)
     base, clip, vae = base_host.load_checkpoint("")
-    if options.lora:
+    if edited_host is None:
         edited = base_host.load_lora(base, options.lora.name, options.strength)
     else:
-        edited = DiffusersHost(options.edited, device=options.device).load_checkpoint("")[0]
+        edited = edited_host.load_checkpoint("")[0]
     links = {
         "base_model": base, "erased_model": edited, "clip": clip, "vae": vae, "concepts": concepts,
         "detector": detector,

@@ -24,7 +24,7 @@ TEXT = {".py", ".md", ".json", ".toml", ".txt", ""}
 PICTURES = {".jpg"}
 FORBIDDEN = re.compile(
     r"\b(eval|exec|__import__)\(|\b(subprocess|pickle|marshal|urllib|requests|socket|ctypes)\b"
-    r"|os\.(system|popen|exec|spawn)|torch\.load\b|https?://(?!github\.com/lacuna-nodes/)"
+    r"|os\.(system|popen|exec|spawn)|torch\.load\b|https?://"
 )
 NEEDED = ("__init__.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "requirements.txt",
           "python_shim/comfyui_nodes.py", "python_shim/node_schemas.json")  # fmt: skip
@@ -107,6 +107,78 @@ def test_installing_changes_no_other_package() -> None:
     if importlib.util.find_spec("scikit_build_core") is None:
         pytest.skip("pip needs scikit-build-core to tell what the package asks for")
     assert _what_pip_would_install("--no-build-isolation", ".") == ["lacuna-erasure"]
+
+
+# Addresses and accounts of others, which exist. Ours go here with the first release.
+ADDRESSES = re.compile(
+    r"https?://(127\.0\.0\.1|localhost|creativecommons\.org/licenses/"
+    r"|download\.pytorch\.org/whl/cpu|registry\.npmjs\.org/|(www\.)?example\.(com|org))"
+)
+ACCOUNTS = {"actions", "ilammy", "comfyanonymous"}
+PUBLISHER = None
+
+
+def test_no_address_is_invented() -> None:
+    found = set()
+    for name in _git(":!third_party", ":!LICENSE", ":!*package-lock.json"):
+        try:
+            text = (REPOSITORY / name).read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        addresses = re.findall(r"https?://[\w-]+[\w.-]*[^\s\"'`)\]]*", text)
+        addresses += re.findall(r"(?<![\w./-])(?:github|gitlab|huggingface)\.com?/\w\S*", text)
+        addresses += re.findall(r"\b[\w.+-]+@[\w-]+\.(?:com|org|net|io|dev)\b", text)
+        found |= {(name, address) for address in addresses if not ADDRESSES.match(address)}
+        if name.startswith(".github/"):
+            actions = re.findall(r"(?:uses|repository): *([\w.-]+)/", text)
+            found |= {(name, account) for account in actions if account not in ACCOUNTS}
+    assert not found
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))
+
+
+def test_a_package_index_accepts_the_metadata(
+    pyproject: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from validate_pyproject.api import Validator
+
+    monkeypatch.setenv("VALIDATE_PYPROJECT_NO_NETWORK", "1")  # names come with trove-classifiers
+    Validator()(json.loads(json.dumps(pyproject)))
+    broken = json.loads(json.dumps(pyproject))
+    broken["project"]["classifiers"].append("Environment :: GPU :: AMD ROCm")
+    with pytest.raises(ValueError, match="classifiers"):
+        Validator()(broken)
+
+
+def test_the_registry_finds_what_it_reads(pyproject: dict) -> None:
+    """comfy_config/config_parser.py of ComfyUI: a list with one unknown system counts as none."""
+    project, comfy = pyproject["project"], pyproject["tool"]["comfy"]
+    head = "Operating System :: "
+    systems = [item.removeprefix(head) for item in project["classifiers"] if head in item]
+    assert systems == ["MacOS", "Microsoft :: Windows", "POSIX :: Linux"]
+    # None of these: the pack is offered for every accelerator.
+    assert not [item for item in project["classifiers"] if item.startswith("Environment :: GPU")]
+    assert (REPOSITORY / project["license"]["file"]).is_file()
+    assert comfy["DisplayName"] == "Lacuna" and comfy["requires-comfyui"].startswith(">=")
+    assert comfy.get("PublisherId") == PUBLISHER
+
+
+def test_the_package_has_a_name_of_its_own(pyproject: dict) -> None:
+    """`lacuna` is another project's, on the package index and as an import; the command stays."""
+    assert pyproject["project"]["name"] == "lacuna-erasure"
+    assert pyproject["project"]["scripts"] == {"lacuna": "lacuna_erasure.cli:main"}
+    cmake = (REPOSITORY / "plugin" / "CMakeLists.txt").read_text("utf-8")
+    assert set(re.findall(r"DESTINATION (\w+)", cmake)) == {"lacuna_erasure"}
+    wrong = re.compile(
+        r"pip (?:un)?install (?:-\S+ )*[\"']?lacuna(?!-erasure)\b|python3? -m lacuna(?!_erasure)\b"
+    )
+    for name in _git("*.py", "*.md", "*.json", "*.toml", "*.yml", "*.cpp", "*.h", "Makefile"):
+        if name not in ("CHANGELOG.md", "tests/shim/test_packaging.py"):
+            assert not wrong.search((REPOSITORY / name).read_text("utf-8")), name
 
 
 def test_the_newest_release_of_each_minor_is_chosen() -> None:

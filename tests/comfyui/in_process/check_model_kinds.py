@@ -25,7 +25,7 @@ UNCLIP = {**SMALL_SD2, "num_classes": "sequential", "adm_in_channels": 1536}
 
 
 def widened(model: Any, channels: int) -> Any:
-    """The same UNet with more input channels, whose random weights make what is read there count."""
+    """The same UNet with more input channels, whose random weights make them count."""
     state = {k: v.clone() for k, v in model.model.diffusion_model.state_dict().items()}
     first = state["input_blocks.0.0.weight"]
     generator = torch.Generator().manual_seed(5)
