@@ -15,7 +15,7 @@
 namespace lacuna {
 namespace {
 
-constexpr size_t kMaxTextBytes = 4u << 20;
+constexpr size_t kMaxListBytes = 4u << 20;
 constexpr size_t kMostLines = 10'000;
 constexpr size_t kMostNotes = 5;  // doubts told, and lines named for each
 
@@ -203,7 +203,7 @@ std::string ReadingNotes::text() const {
 }
 
 std::string list_body(std::string_view text, const std::string& list, ReadingNotes& notes) {
-  if (text.size() > kMaxTextBytes) throw Error(list + " is larger than 4 MiB");
+  if (text.size() > kMaxListBytes) throw Error(list + " is larger than 4 MiB");
   if (!is_utf8(text)) throw Error(list + " is not text in UTF-8; type it again");
   if (text.starts_with(kByteOrderMark)) {
     text.remove_prefix(kByteOrderMark.size());

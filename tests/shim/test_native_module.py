@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,12 +86,13 @@ def test_what_is_wrong_with_a_text_is_told_in_a_sentence(native, pack, typed: st
         assert len(str(error.value)) < 1300
 
 
-def test_what_is_wrong_with_a_workflow_is_told_in_a_sentence(native) -> None:
+def test_what_is_wrong_with_a_workflow_is_told_in_a_sentence(native, tmp_path: Path) -> None:
     quotes = '{"1": {“ "../xLacunaSave"class_type": "LacunaSaveLoRA", "inputs": {}}}'
     long = '{"1": {"class_type": "' + "猫" * 100_000 + '"}}'
+    host = SimpleNamespace(output_directory=str(tmp_path))
     for text in (quotes, long, '{"' + "猫" * 100_000 + '": 1}', '{"1": "' + "猫" * 100_000):
         with pytest.raises(native.LacunaError) as error:
-            native.NodePack.run_workflow(text, object())
+            native.NodePack.run_workflow(text, host)
         assert len(str(error.value)) < 1300
 
 
