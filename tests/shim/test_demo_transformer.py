@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 ASSETS = REPOSITORY / "assets" / "demo_model"
 sys.path.insert(0, str(REPOSITORY / "tools" / "demo_model"))
 
-pytest.importorskip("diffusers", reason='needs pip install "lacuna[headless]"')
+pytest.importorskip("diffusers", reason="needs diffusers")
 import corpus as corpus_module  # noqa: E402
 import expand as demo_expand  # noqa: E402
 import expand_transformer  # noqa: E402
