@@ -51,7 +51,7 @@ from .autograd import (
 )
 from .detector import SafeDetector
 from .errors import HostError
-from .fingerprint import fingerprint
+from .fingerprint import Identity, fingerprint, identify
 
 log = logging.getLogger(__name__)
 
@@ -82,15 +82,15 @@ _PLAIN_DTYPES = {
 }
 
 # Hashing weights takes a second; a loaded model never changes its base weights.
-_fingerprints: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+_identities: weakref.WeakKeyDictionary[torch.nn.Module, Identity] = weakref.WeakKeyDictionary()
 
 
-def _base_fingerprint(
-    module: torch.nn.Module, base_weights: Callable[[], Iterable[torch.Tensor]]
-) -> str:
-    if module not in _fingerprints:
-        _fingerprints[module] = fingerprint(base_weights())
-    return _fingerprints[module]
+def _base_identity(
+    module: torch.nn.Module, base_weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]
+) -> Identity:
+    if module not in _identities:
+        _identities[module] = identify(base_weights())
+    return _identities[module]
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
@@ -147,7 +147,7 @@ class ComfyTextEncoder:
     @cached_property
     def fingerprint(self) -> str:
         patcher = self._clip.patcher
-        base = _base_fingerprint(patcher.model, self._base_weights)
+        base = self._identity.fingerprint
         if self._clip.layer_idx is None and not patcher.patches:
             return base
         try:
@@ -158,14 +158,23 @@ class ComfyTextEncoder:
         state = hashlib.sha256(f"{self._clip.layer_idx} {patches}".encode()).hexdigest()
         return f"{base}-{state[:16]}"
 
-    def _base_weights(self) -> list[torch.Tensor]:
-        patches = self._clip.patcher.get_key_patches()
-        return [
-            _converted(*entry[0]) if _is_plain(entry[0][0]) else entry[0][0].dequantize()
-            for key, entry in patches.items()
-            if entry[0][0].is_floating_point()
-            and not any(part in key for part in _NOT_THE_TEXT_TRANSFORMER)
-        ]
+    @property
+    def weight_samples(self) -> dict[str, list[float]]:
+        return self._identity.samples
+
+    @property
+    def _identity(self) -> Identity:
+        return _base_identity(self._clip.patcher.model, self._base_weights)
+
+    def _base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for key, entry in self._clip.patcher.get_key_patches().items():
+            weight = entry[0][0]
+            if not weight.is_floating_point() or any(
+                part in key for part in _NOT_THE_TEXT_TRANSFORMER
+            ):
+                continue
+            name = key.replace(".transformer.text_model.", ".")
+            yield name, _converted(*entry[0]) if _is_plain(weight) else weight.dequantize()
 
     def _chunks(self, text: str) -> dict[str, list[list[tuple[Any, ...]]]]:
         if "embedding:" in text:
@@ -314,13 +323,22 @@ class ComfyDenoiser:
     def patchable(self) -> bool:
         return all(_is_plain(self._patches(name)[0][0]) for name in self._names)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        def base_weights() -> list[torch.Tensor]:
-            stored = [(name, self._patches(name)[0]) for name in self._names]
-            return [_converted(*w) if _is_plain(w[0]) else self._probe(name) for name, w in stored]
+        return self._identity.fingerprint
 
-        return _base_fingerprint(self.patcher.model, base_weights)
+    @property
+    def weight_samples(self) -> dict[str, list[float]]:
+        return self._identity.samples
+
+    @property
+    def _identity(self) -> Identity:
+        return _base_identity(self.patcher.model, self._base_weights)
+
+    def _base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, lora_name, _ in self.cross_attention():
+            stored = self._patches(name)[0]
+            yield lora_name, _converted(*stored) if _is_plain(stored[0]) else self._probe(name)
 
     def _patches(self, name: str) -> list[Any]:
         """[(pristine weight, conversion to numbers), patch, ...], loaded or not."""

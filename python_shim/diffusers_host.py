@@ -22,8 +22,8 @@ from .autograd import (
     leave_inference_mode,
     usable_for_autograd,
 )
-from .errors import HostError
-from .fingerprint import fingerprint
+from .errors import HostError, brief
+from .fingerprint import Identity, identify
 from .lora_file import Delta
 from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
 
@@ -43,9 +43,17 @@ class DiffusersTextEncoder:
         self.window: int = self._model.config.max_position_embeddings
         self.cache_directory = cache_directory
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        return fingerprint(self._weights)
+        return self._identity.fingerprint
+
+    @property
+    def weight_samples(self) -> dict[str, list[float]]:
+        return self._identity.samples
+
+    @cached_property
+    def _identity(self) -> Identity:
+        return identify((f"clip_l.{name}", weight) for name, weight in self._weights.items())
 
     def tokenize(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
@@ -157,8 +165,8 @@ class _SharedUNet:
                 self.layers[name.removesuffix(".to_k.weight")] = module
 
     @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.weights[name] for name, _, _ in self.cross_attention)
+    def identity(self) -> Identity:
+        return identify((lora, self.weights[name]) for name, lora, _ in self.cross_attention)
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,11 @@ class DiffusersDenoiser:
 
     @property
     def fingerprint(self) -> str:
-        return self._base.fingerprint
+        return self._base.identity.fingerprint
+
+    @property
+    def weight_samples(self) -> dict[str, list[float]]:
+        return self._base.identity.samples
 
     def cross_attention(self) -> list[tuple[str, str, str]]:
         return list(self._base.cross_attention)
@@ -459,19 +471,19 @@ class DiffusersHost:
         cache_directory: str | Path | None = None,
         device: str = "cpu",
     ) -> None:
-        self._checkpoint = Path(checkpoint).expanduser()
+        self._checkpoint = _path(checkpoint)
         if not self._checkpoint.exists():
             raise HostError(
                 f"There is no checkpoint {self._checkpoint}; give a .safetensors file or a folder."
             )
-        self._lora_directory = None if lora_directory is None else Path(lora_directory).expanduser()
+        self._lora_directory = None if lora_directory is None else _path(lora_directory)
         self._device = _device(device)
         self._loaded: dict[
             Path, tuple[DiffusersDenoiser, DiffusersTextEncoder, DiffusersImageDecoder]
         ] = {}
-        self.output_directory = str(Path(output_directory).expanduser())
+        self.output_directory = str(_path(output_directory))
         self.cache_directory = str(
-            _default_cache() if cache_directory is None else Path(cache_directory).expanduser()
+            _default_cache() if cache_directory is None else _path(cache_directory)
         )
 
     def load_checkpoint(
@@ -505,8 +517,20 @@ class DiffusersHost:
         return _inside(self._checkpoint, name)
 
 
+def _path(name: str | Path) -> Path:
+    """With ~ expanded; refuses what no file system takes."""
+    try:
+        path = Path(name).expanduser()
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:
+        raise HostError(f"{brief(name)} cannot be used as a path ({brief(error)}).") from error
+    return path
+
+
 def _inside(folder: Path, name: str) -> Path:
-    path = folder / name.replace("\\", "/")  # workflows saved on Windows
+    path = _path(folder / name.replace("\\", "/"))  # workflows saved on Windows
     if not path.resolve().is_relative_to(folder.resolve()):
         raise HostError(f'"{name}" points outside the folder {folder}.')
     if not name or not path.exists():

@@ -3,6 +3,8 @@
 #include "lacuna/residual_scan.h"
 
 #include <algorithm>
+#include <filesystem>
+#include <fstream>
 #include <set>
 
 #include "support/fake_host.h"
@@ -204,6 +206,18 @@ TEST_P(ResidualScanTest, CommonWordsAreEncodedOnce) {
   EXPECT_LT(clip_->encoded_prompts - all, 30);
   ASSERT_EQ(second.concepts[0].leaks.size(), first.concepts[0].leaks.size());
   EXPECT_EQ(second.concepts[0].neighbours, first.concepts[0].neighbours);
+
+  // A damaged file is not believed: one bit of the last word's numbers.
+  const std::filesystem::path file = *std::filesystem::directory_iterator(folder.path(""));
+  std::fstream stream(file, std::ios::binary | std::ios::in | std::ios::out);
+  stream.seekg(-20, std::ios::end);
+  const int byte = stream.get();
+  stream.seekp(-20, std::ios::end);
+  stream.put(static_cast<char>(byte ^ 1));
+  stream.close();
+  const int64_t before = clip_->encoded_prompts;
+  scan(with_exact_edit());
+  EXPECT_GT(clip_->encoded_prompts - before, 30);
 }
 
 // A host that computes no more positions than it is asked for, and counts them.

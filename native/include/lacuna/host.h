@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "lacuna/weight_samples.h"
+
 namespace lacuna {
 
 // Everything Lacuna asks of the application that runs it (ComfyUI, a diffusers script, a test).
@@ -49,6 +51,9 @@ class TextEncoder {
   virtual int64_t window() = 0;  // tokens per prompt, 77
   // Hash of the encoder's weights, equal in every host; empty when it cannot be known.
   virtual std::string fingerprint() = 0;
+  // Of the encoder's matrices, so that the same weights are known in another weight type; empty:
+  // the host cannot say.
+  virtual WeightSamples weight_samples() { return {}; }
   // Folder for cached statistics; empty: none.
   virtual std::string cache_directory() = 0;
   // Literal text (no emphasis syntax) to ids with start and end token, unpadded, not truncated.
@@ -65,6 +70,10 @@ class TextEncoder {
     return {encode(prompts), {}};
   }
 };
+
+inline WeightIdentity identity_of(TextEncoder& encoder) {
+  return {encoder.fingerprint(), encoder.weight_samples()};
+}
 
 enum class ProjectionRole { kKey, kValue };
 
@@ -121,8 +130,9 @@ struct SamplingRequest {
 class Denoiser {
  public:
   virtual ~Denoiser() = default;
-  virtual std::string family() = 0;       // "SD1.x", ... for messages
-  virtual std::string fingerprint() = 0;  // hash of the cross-attention base weights
+  virtual std::string family() = 0;                      // "SD1.x", ... for messages
+  virtual std::string fingerprint() = 0;                 // hash of the cross-attention base weights
+  virtual WeightSamples weight_samples() { return {}; }  // of the same weights, by LoRA name
   // False when weights are stored packed, so that a patch cannot be merged exactly (GGUF, 4-bit).
   virtual bool patchable() = 0;
   // Empty when the model has no text cross-attention.
@@ -152,6 +162,10 @@ class Denoiser {
   virtual at::Tensor sample(const SamplingRequest& request,
                             const std::function<void(int64_t, int64_t)>& on_step) = 0;
 };
+
+inline WeightIdentity identity_of(Denoiser& model) {
+  return {model.fingerprint(), model.weight_samples()};
+}
 
 // Host latents, as LATENT sockets carry them, to pictures and back.
 class ImageDecoder {
