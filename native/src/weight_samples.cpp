@@ -38,6 +38,7 @@ constexpr size_t kE5m2 = 0, kE4m3 = 1, kBfloat16 = 2, kHalf = 3, kFloat = 4;
 // 0.64 %, by 2 % at 1.8 to 2.2 %.
 constexpr double kSpacings = 0.8;
 constexpr size_t kShownDigits = 8;
+constexpr double kShownRounding = 1e-5;
 
 double spacing_at(double value, const WeightType& type) {
   int exponent = 0;
@@ -148,8 +149,11 @@ std::string describe(const WeightIdentity& a, const WeightIdentity& b,
   std::string text = short_name(a) + " and " + short_name(b);
   switch (how.match) {
     case WeightMatch::kDifferent:
-      return text + format_numbers(", %.2g %% apart where rounding explains %.2g %%",
-                                   100 * how.distance.difference, 100 * how.distance.rounding);
+      text += format_numbers(", %.2g %% apart", 100 * how.distance.difference);
+      if (how.distance.rounding >= kShownRounding) {
+        text += format_numbers(" where rounding explains %.2g %%", 100 * how.distance.rounding);
+      }
+      return text;
     case WeightMatch::kOtherState:
       return text + ", with another clip skip or other LoRAs on the CLIP";
     case WeightMatch::kUnknownType:

@@ -127,6 +127,8 @@ TEST_F(WeightSamplesTest, HashesSamplesAndStates) {
   const std::string text = describe(a, b, compare(a, b));
   EXPECT_TRUE(text.starts_with("3f2a9c81 in fp16 and 77d0be12 in fp8_e4m3, ")) << text;
   EXPECT_NE(text.find("% apart where rounding explains 0."), std::string::npos) << text;
+  const WeightIdentity same_type{"9d0be12aaaa", stored(kRoutes[1], 0.02)};
+  EXPECT_TRUE(describe(a, same_type, compare(a, same_type)).ends_with("% apart"));
   EXPECT_EQ(short_name({"\xC3\xA9vil\n", {}}), "");
 }
 
