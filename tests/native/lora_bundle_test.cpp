@@ -212,14 +212,15 @@ TEST_F(LoraBundleTest, MergeKeepsEveryConceptAndPhraseOnce) {
   refuse([&] { merge({a, with([](auto& x) { x.model_fingerprint = "y"; })}); }, "base models");
   refuse([&] { merge({a, with([](auto& x) { x.encoder_fingerprint = "y"; })}); }, "text encoders");
   // The same weights in fp8: of 0.1 that is 0.1015625.
-  const auto fp8 = with([](auto& x) {
-    x.model_fingerprint = "y-model";
-    x.model_samples.begin()->second = {0.1015625f, 0.0f};
-  });
+  const auto stored = [&](const char* fingerprint, float first) {
+    return with([=](auto& x) {
+      x.model_fingerprint = fingerprint;
+      x.model_samples = {{"lora_unet_layer_0_to_k", {first, 0.0f}}};
+    });
+  };
+  const auto fp8 = stored("y-model", 0.1015625f);
   EXPECT_EQ(merge({a, fp8}).model_fingerprint, "fake-model");
-  refuse(
-      [&] { merge({fp8, with([](auto& x) { x.model_samples.begin()->second = {0.2f, 0.0f}; })}); },
-      "y in fp8_e4m3 and fake in fp32");
+  refuse([&] { merge({fp8, stored("z-model", 0.2f)}); }, "y in fp8_e4m3 and z in fp32");
   refuse([&] { merge({a, with([&](auto& x) { x.concepts[0] = item("DOG"); })}); },
          "two different LoRAs");
 }
