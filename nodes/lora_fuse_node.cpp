@@ -15,6 +15,7 @@
 #include "lacuna/lora_export.h"
 #include "lacuna/low_rank.h"
 #include "lacuna/text.h"
+#include "nodes/common_inputs.h"
 
 namespace lacuna {
 namespace {
@@ -294,15 +295,8 @@ const NodeSchema& LoraFuseNode::schema() const {
                .tooltip = "Concepts that are not fused, one a line. Nothing is trained again.",
                .multiline = true,
                .default_value = std::string()},
-              {.id = "lora_rank",
-               .display_name = "LoRA rank",
-               .type = socket::kInt,
-               .tooltip = "Largest rank of the LoRA output. The report says what it leaves out.",
-               .advanced = true,
-               .default_value = int64_t{128},
-               .min = 1,
-               .max = 768,
-               .step = 1},
+              lora_rank_input(),
+              lora_rank_limit_input(),
           },
       .outputs =
           {{"model", "model", socket::kModel, "The model without the concepts."},
@@ -325,7 +319,7 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   const auto& clip = inputs.get<std::shared_ptr<TextEncoder>>("clip");
   const FusionOptions options = read_fusion_options(inputs);
   const double strength = inputs.number("strength");
-  const int64_t lora_rank = inputs.integer("lora_rank");
+  const LoraLimits limits = lora_limits(inputs);
 
   // Everything that can be refused is refused before the first prompt is encoded.
   const std::vector<AttentionProjection> projections =
@@ -359,7 +353,7 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   ConceptSet preserved;
   preserved.preserve = bundle.preserve;
   check_phrases(*clip, preserved);
-  const at::Tensor gram = projection_gram(*model, projections, progress);
+  const at::Tensor rows = projection_rows(*model, projections, progress);
 
   std::vector<std::string> erased;
   for (const auto& item : bundle.concepts) {
@@ -369,17 +363,16 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
       collect_kept_text(*clip, bundle.preserve, bundle.general_prior, erased, &cache_, progress);
   sums_.assign(bundle.concepts);
   const Fusion fusion = sums_.solve(kept, options, selection.strengths, progress);
-  const SharedFactorization factors(fusion.patch.delta, gram, 2 * lora_rank, progress);
+  const SharedFactorization factors(fusion.patch.delta, rows, 2 * limits.rank, progress);
   const LoraExport lora =
-      export_lora(*model, projections, fusion.patch, factors, lora_rank, strength, progress);
+      export_lora(*model, projections, fusion.patch, factors, limits, strength, progress);
   // At strength 0 the model itself, so that not even rounding differs.
   std::shared_ptr<Denoiser> erased_model = model;
   if (strength != 0.0) {
-    erased_model = model->with_weight_deltas(
-        weight_deltas(*model, projections, fusion.patch, factors, progress), strength);
+    erased_model = with_patch(*model, projections, fusion.patch, strength);
   }
 
-  const double original_norm = std::sqrt(gram.diagonal().sum().item<double>());
+  const double original_norm = rows.norm().item<double>();
   std::string text = report(selection, options, fusion, lora, original_norm, strength);
   NodeResult result;
   result.text = {text};

@@ -30,6 +30,41 @@ at::Tensor weight_change(const ErasurePatch& patch, const AttentionProjection& p
   return change.mul_(strength);
 }
 
+const LowRankPair* pair_of(const ErasurePatch& patch, const AttentionProjection& projection,
+                           const at::Tensor& weight) {
+  const auto it = patch.pairs.find(projection.lora_name);
+  if (it == patch.pairs.end()) return nullptr;
+  const LowRankPair& pair = it->second;
+  if (pair.b.size(0) != weight.size(0) || pair.r.size(0) != weight.size(1)) {
+    throw Error("the LoRAs do not fit the model's weight '" + projection.name +
+                "'; connect the model they were trained on");
+  }
+  return &pair;
+}
+
+TextMap text_map(const at::Tensor& delta, const std::vector<AttentionProjection>& projections) {
+  TextMap map;
+  map.out = delta.to(at::kFloat);
+  for (const AttentionProjection& projection : projections) map.entries.push_back(projection.name);
+  return map;
+}
+
+std::shared_ptr<Denoiser> with_patch(Denoiser& model,
+                                     const std::vector<AttentionProjection>& projections,
+                                     const ErasurePatch& patch, double strength) {
+  std::vector<AttentionProjection> mapped;
+  std::vector<WeightDelta> deltas;
+  for (const AttentionProjection& projection : projections) {
+    if (patch.edits(projection)) mapped.push_back(projection);
+    if (!patch.pairs.contains(projection.lora_name)) continue;
+    const LowRankPair& pair = *pair_of(patch, projection, model.effective_weight(projection.name));
+    deltas.push_back({projection.name, pair.b.to(at::kFloat),
+                      pair.r.to(at::kFloat).transpose(0, 1).contiguous()});
+  }
+  const auto edited = model.with_weight_maps({text_map(patch.delta, mapped)}, strength);
+  return deltas.empty() ? edited : edited->with_weight_deltas(deltas, strength);
+}
+
 void save_patch(const ErasurePatch& patch, const std::string& path) {
   SafetensorsFile file;
   file.tensors["delta"] = patch.delta;

@@ -26,19 +26,6 @@ at::Tensor matmul_on_device(const at::Tensor& weight, const at::Tensor& right) {
   return at::matmul(w, right.to(w.device(), at::kFloat)).to(at::kCPU);
 }
 
-// The pair of a projection that has one; throws Error when it does not fit the weight.
-const LowRankPair* pair_of(const ErasurePatch& patch, const AttentionProjection& projection,
-                           const at::Tensor& weight) {
-  const auto it = patch.pairs.find(projection.lora_name);
-  if (it == patch.pairs.end()) return nullptr;
-  const LowRankPair& pair = it->second;
-  if (pair.b.size(0) != weight.size(0) || pair.r.size(0) != weight.size(1)) {
-    throw Error("the LoRAs do not fit the model's weight '" + projection.name +
-                "'; connect the model they were trained on");
-  }
-  return &pair;
-}
-
 // W D over the shared directions: as many as it takes, at most `limit`.
 class SharedPart {
  public:
@@ -84,6 +71,20 @@ void balance(at::Tensor& up, at::Tensor& down) {
   down = down / factor.unsqueeze(1);
 }
 
+// As many singular values (descending) as the limits ask for.
+int64_t rank_of(const at::Tensor& singular, const LoraLimits& limits) {
+  const double allowed = limits.left_out * limits.left_out * singular.square().sum().item<double>();
+  const double* value = singular.const_data_ptr<double>();
+  int64_t rank = singular.size(0);
+  double lost = 0.0;
+  while (rank > 1) {
+    lost += value[rank - 1] * value[rank - 1];
+    if (lost > allowed) break;
+    --rank;
+  }
+  return std::min(rank, limits.rank);
+}
+
 double sum_of_products(const at::Tensor& a, const at::Tensor& b) {
   return (a * b).sum().item<double>();
 }
@@ -91,10 +92,12 @@ double sum_of_products(const at::Tensor& a, const at::Tensor& b) {
 
 LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& projections,
                        const at::Tensor& delta, const SharedFactorization& factors,
-                       int64_t rank_limit, double strength, Progress& progress) {
+                       const LoraLimits& limits, double strength, Progress& progress) {
   LoraExport out;
   out.edit_norm = std::abs(strength) * factors.edit_norm();
-  out.rank = std::min(rank_limit, factors.rank_for(kExact).value_or(factors.max_rank()));
+  out.rank =
+      std::min(limits.rank,
+               factors.rank_for(std::max(kExact, limits.left_out)).value_or(factors.max_rank()));
   out.residual = factors.residual(out.rank);
   const at::Tensor down = factors.down(out.rank);
   const at::Tensor edited = at::matmul(delta, down.transpose(0, 1)) * strength;  // [d, r]
@@ -123,37 +126,13 @@ LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& 
   return out;
 }
 
-std::vector<WeightDelta> weight_deltas(Denoiser& model,
-                                       const std::vector<AttentionProjection>& projections,
-                                       const at::Tensor& delta, const SharedFactorization& factors,
-                                       Progress& progress) {
-  const int64_t d = delta.size(0);
-  const std::optional<int64_t> rank = factors.rank_for(kExact);
-  at::Tensor down;
-  at::Tensor edited;
-  if (rank) {
-    down = factors.down(*rank).to(at::kFloat);
-    edited = at::matmul(delta, factors.down(*rank).transpose(0, 1));
-  }
-  std::vector<WeightDelta> deltas;
-  for (const AttentionProjection& projection : projections) {
-    progress.check();
-    const at::Tensor weight = model.effective_weight(projection.name);
-    const int64_t out = weight.size(0);
-    const bool low_rank = rank && *rank * (out + d) < out * d;
-    deltas.push_back({projection.name, matmul_on_device(weight, low_rank ? edited : delta),
-                      low_rank ? down : at::Tensor()});
-  }
-  return deltas;
-}
-
 LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& projections,
                        const ErasurePatch& patch, const SharedFactorization& factors,
-                       int64_t rank_limit, double strength, Progress& progress) {
+                       const LoraLimits& limits, double strength, Progress& progress) {
   if (patch.pairs.empty()) {
-    return export_lora(model, projections, patch.delta, factors, rank_limit, strength, progress);
+    return export_lora(model, projections, patch.delta, factors, limits, strength, progress);
   }
-  const SharedPart shared(patch.delta, factors, 2 * rank_limit);
+  const SharedPart shared(patch.delta, factors, 2 * limits.rank);
   LoraExport out;
   double whole = shared.left_out() * shared.left_out();  // squared norms
   double lost = whole;
@@ -177,12 +156,12 @@ LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& 
     at::Tensor down = at::cat(downs, 0);
     whole +=
         sum_of_products(at::matmul(up.transpose(0, 1), up), at::matmul(down, down.transpose(0, 1)));
-    if (up.size(1) > rank_limit) {
+    if (up.size(1) > limits.rank || limits.left_out > 0.0) {
       const auto [up_basis, up_mix] = at::linalg_qr(up);
       const auto [down_basis, down_mix] = at::linalg_qr(down.transpose(0, 1));
       const auto [u, s, vh] =
           at::linalg_svd(at::matmul(up_mix, down_mix.transpose(0, 1)), /*full_matrices=*/false);
-      const int64_t rank = std::min(rank_limit, s.size(0));
+      const int64_t rank = rank_of(s, limits);
       up = at::matmul(up_basis, u.narrow(1, 0, rank) * s.narrow(0, 0, rank).unsqueeze(0));
       down = at::matmul(vh.narrow(0, 0, rank), down_basis.transpose(0, 1));
       lost += s.narrow(0, rank, s.size(0) - rank).square().sum().item<double>();
@@ -212,46 +191,6 @@ LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& 
   out.edit_norm = std::abs(strength) * std::sqrt(std::max(0.0, whole));
   out.residual = whole > 0.0 ? std::sqrt(std::max(0.0, lost) / whole) : 0.0;
   return out;
-}
-
-std::vector<WeightDelta> weight_deltas(Denoiser& model,
-                                       const std::vector<AttentionProjection>& projections,
-                                       const ErasurePatch& patch,
-                                       const SharedFactorization& factors, Progress& progress) {
-  if (patch.pairs.empty()) {
-    return weight_deltas(model, projections, patch.delta, factors, progress);
-  }
-  const SharedPart shared(patch.delta, factors, factors.max_rank());
-  std::vector<WeightDelta> deltas;
-  for (const AttentionProjection& projection : projections) {
-    progress.check();
-    const at::Tensor weight = model.effective_weight(projection.name);
-    const LowRankPair* pair = pair_of(patch, projection, weight);
-    const bool edits = patch.edits(projection) && (!shared.exact() || shared.rank() > 0);
-    if (pair == nullptr && !edits) continue;
-    const int64_t rows = weight.size(0);
-    const int64_t d = weight.size(1);
-    const int64_t rank = (edits ? shared.rank() : 0) + (pair == nullptr ? 0 : pair->r.size(1));
-    if ((!edits || shared.exact()) && rank * (rows + d) < rows * d) {
-      std::vector<at::Tensor> ups;
-      std::vector<at::Tensor> downs;
-      if (edits) {
-        ups.push_back(matmul_on_device(weight, shared.edited()));
-        downs.push_back(shared.down().to(at::kFloat));
-      }
-      if (pair != nullptr) {
-        ups.push_back(pair->b.to(at::kCPU, at::kFloat));
-        downs.push_back(pair->r.to(at::kCPU, at::kFloat).transpose(0, 1));
-      }
-      deltas.push_back({projection.name, at::cat(ups, 1), at::cat(downs, 0)});
-    } else {
-      deltas.push_back(
-          {projection.name,
-           weight_change(patch, projection, weight.detach().to(at::kFloat)).to(at::kCPU),
-           {}});
-    }
-  }
-  return deltas;
 }
 
 }  // namespace lacuna

@@ -17,8 +17,13 @@ namespace lacuna {
 namespace {
 
 constexpr int64_t kWholeDecomposition = 1024;  // 0.2 s on two desktop cores
+constexpr int64_t kFirstRank = 64;
 constexpr int64_t kOversampling = 16;
 constexpr int kMaxIterations = 30;
+// Shares of the energy: what float32 products cannot tell from nothing, and how well what is left
+// out has to be known.
+constexpr double kNothing = 1e-9;
+constexpr double kSettled = 1e-4;
 
 struct Eigenpairs {
   at::Tensor values;   // [k] descending
@@ -30,19 +35,23 @@ Eigenpairs descending(const at::Tensor& symmetric) {
   return {values.flip(0).clamp_min(0.0).contiguous(), vectors.flip(1).contiguous()};
 }
 
-// Leading eigenpairs by subspace iteration with Rayleigh-Ritz. Spectra of edits fall off fast, so a
-// few rounds do; whatever subspace comes out, its captured energy is exact.
-Eigenpairs leading(const at::Tensor& m, int64_t k, Progress& progress) {
+// Leading eigenpairs of B^T B by subspace iteration with Rayleigh-Ritz; b: [p, d] float32. Spectra
+// of edits fall off fast, so a few rounds do; whatever subspace comes out, its captured energy is
+// exact.
+Eigenpairs leading(const at::Tensor& b, double total, int64_t k, Progress& progress) {
   at::Generator generator = at::detail::createCPUGenerator(1);
-  at::Tensor q = at::randn({m.size(0), k}, generator, at::TensorOptions(at::kDouble));
+  at::Tensor q = at::randn({b.size(1), k}, generator, at::TensorOptions(at::kFloat));
+  at::Tensor image = at::matmul(b, q);
   double captured = 0.0;
   Eigenpairs ritz;
   for (int round = 0; round < kMaxIterations; ++round) {
     progress.check();
-    q = std::get<0>(at::linalg_qr(at::matmul(m, q)));
-    ritz = descending(at::matmul(q.transpose(0, 1), at::matmul(m, q)));
+    q = std::get<0>(at::linalg_qr(at::matmul(b.transpose(0, 1), image).to(at::kDouble)));
+    image = at::matmul(b, q.to(at::kFloat));
+    const at::Tensor exact = image.to(at::kDouble);
+    ritz = descending(at::matmul(exact.transpose(0, 1), exact));
     const double now = ritz.values.sum().item<double>();
-    if (now - captured <= 1e-9 * now) break;
+    if (now - captured <= kSettled * std::max(total - now, kNothing * total)) break;
     captured = now;
   }
   return {ritz.values, at::matmul(q, ritz.vectors)};
@@ -50,27 +59,43 @@ Eigenpairs leading(const at::Tensor& m, int64_t k, Progress& progress) {
 
 }  // namespace
 
-SharedFactorization::SharedFactorization(const at::Tensor& delta, const at::Tensor& gram,
-                                         int64_t max_rank, Progress& progress) {
+SharedFactorization::SharedFactorization(const at::Tensor& delta, const at::Tensor& rows,
+                                         int64_t max_rank, Progress& progress, double tolerance) {
   const int64_t d = delta.size(0);
-  const at::Tensor energy = at::matmul(at::matmul(delta.transpose(0, 1), gram), delta);
-  total_ = std::max(0.0, energy.diagonal().sum().item<double>());
-  const int64_t k = std::min(d, max_rank + kOversampling);
-  const Eigenpairs found =
-      d <= kWholeDecomposition ? descending(energy) : leading(energy, k, progress);
-  max_rank = std::min(d <= kWholeDecomposition ? d : max_rank, d);
-  directions_ = found.vectors.narrow(1, 0, max_rank).contiguous();
+  const bool whole = d <= kWholeDecomposition;
+  max_rank = std::min(max_rank, d);
+  const auto type = whole ? at::kDouble : at::kFloat;
+  const at::Tensor b = at::matmul(rows.to(type), delta.to(type));  // the edit, [p, d]
+  total_ = b.square().sum(at::kDouble).item<double>();
+  if (whole) {
+    const Eigenpairs all = descending(at::matmul(b.transpose(0, 1), b));
+    take({all.values, all.vectors}, d);
+    return;
+  }
+  for (int64_t rank = std::min(max_rank, kFirstRank);; rank = std::min(max_rank, 2 * rank)) {
+    const Eigenpairs found = leading(b, total_, std::min(d, rank + kOversampling), progress);
+    take({found.values, found.vectors}, rank);
+    if (rank == max_rank || rank_for(tolerance)) return;
+  }
+}
 
+void SharedFactorization::take(const std::pair<at::Tensor, at::Tensor>& found, int64_t rank) {
+  const auto& [values, vectors] = found;
+  directions_ = vectors.narrow(1, 0, rank).contiguous();
   // Sums from the small end, where cancellation would hurt; what was not computed is the remainder.
-  residuals_ = at::zeros({max_rank + 1}, at::kDouble);
+  residuals_ = at::zeros({rank + 1}, at::kDouble);
   if (total_ <= 0.0) return;
-  const double* value = found.values.const_data_ptr<double>();
+  const double* value = values.const_data_ptr<double>();
   double* residual = residuals_.mutable_data_ptr<double>();
-  const int64_t computed = found.values.size(0);
-  double tail = computed == d ? 0.0 : std::max(0.0, total_ - found.values.sum().item<double>());
-  for (int64_t rank = computed; rank >= 0; --rank) {
-    if (rank <= max_rank) residual[rank] = tail / total_;
-    if (rank > 0) tail += value[rank - 1];
+  const int64_t computed = values.size(0);
+  double tail = 0.0;
+  if (computed < vectors.size(0)) {
+    tail = std::max(0.0, total_ - values.sum().item<double>());
+    if (tail <= kNothing * total_) tail = 0.0;
+  }
+  for (int64_t r = computed; r >= 0; --r) {
+    if (r <= rank) residual[r] = tail / total_;
+    if (r > 0) tail += value[r - 1];
   }
 }
 

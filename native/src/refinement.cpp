@@ -7,9 +7,12 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <optional>
 
 #include "lacuna/concept_prompts.h"
 #include "lacuna/error.h"
@@ -67,39 +70,6 @@ class BatchEncoder {
   int64_t total_ = 0;
 };
 
-// Anchors are often shared by a whole list: each is encoded once and dropped after its last use.
-class AnchorEmbeddings {
- public:
-  explicit AnchorEmbeddings(BatchEncoder& encoder) : encoder_(encoder) {}
-
-  void expect(const Concept& item) {
-    if (++uses_[key(item)] == 1) encoder_.expect(BatchEncoder::batches(item.templates));
-  }
-
-  at::Tensor take(const Concept& item) {
-    const std::string k = key(item);
-    auto it = embeddings_.find(k);
-    if (it == embeddings_.end()) {
-      it = embeddings_
-               .emplace(k, encoder_.encode(prompts_of(item.kind, item.templates, item.anchor)))
-               .first;
-    }
-    at::Tensor result = it->second;
-    if (--uses_[k] == 0) embeddings_.erase(it);
-    return result;
-  }
-
- private:
-  static std::string key(const Concept& item) {
-    return std::string(to_string(item.kind)) + '\n' + std::to_string(item.templates) + '\n' +
-           item.anchor;
-  }
-
-  BatchEncoder& encoder_;
-  std::unordered_map<std::string, int64_t> uses_;
-  std::unordered_map<std::string, at::Tensor> embeddings_;
-};
-
 // Prefixes, phrases and anchor prompts come up again and again.
 class Tokens {
  public:
@@ -130,6 +100,7 @@ TokenSpan phrase_span(Tokens& tokens, std::string_view prompt_template, const st
 // The rows that one prompt adds to the least-squares problem.
 struct PromptRows {
   at::Tensor positions;  // [k], in the prompt
+  at::Tensor sources;    // [k], in the anchor's prompt
   at::Tensor from;       // [k, d]: what the model reads there
   at::Tensor to;         // [k, d]: what it should read instead
 };
@@ -150,7 +121,8 @@ PromptRows rows_of(Tokens& tokens, const Concept& item, const std::string& phras
   PromptRows out;
   out.positions = at::tensor(rows.target, at::kLong);
   out.from = target.index_select(0, out.positions);
-  out.to = anchor.index_select(0, at::tensor(rows.anchor, at::kLong));
+  out.sources = at::tensor(rows.anchor, at::kLong);
+  out.to = anchor.index_select(0, out.sources);
   // Identical by causality; what differs there is only rounding between two batches.
   for (size_t k = 0; k < rows.target.size(); ++k) {
     if (rows.target[k] == rows.anchor[k] && rows.target[k] < prefix) {
@@ -160,35 +132,77 @@ PromptRows rows_of(Tokens& tokens, const Concept& item, const std::string& phras
   return out;
 }
 
-// One concept's statistics, divided by the number of templates.
-TextStatistics collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& batches,
-                               AnchorEmbeddings& anchors, const Concept& item,
-                               const RefinementOptions& options) {
-  const double weight = 1.0 / item.templates;
-  const at::Tensor anchor_embeddings = anchors.take(item);
-  StatisticsAccumulator sums(encoder.width());
+// One concept's rows, to be summed with those of concepts that have the same anchor.
+struct ConceptRows {
+  at::Tensor kept;     // [m, d] float32: what reads the same in the anchor's prompt
+  at::Tensor from;     // [n, d] float32: what moves ...
+  at::Tensor sources;  // [n]: ... to this row of the anchor's prompts, [templates * window, d]
+};
+
+ConceptRows collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& batches,
+                            const at::Tensor& anchor_embeddings, const Concept& item,
+                            const RefinementOptions& options) {
+  std::vector<at::Tensor> kept{at::zeros({0, encoder.width()})};
+  std::vector<at::Tensor> from{kept.front()};
+  std::vector<at::Tensor> sources{at::zeros({0}, at::kLong)};
   for (const std::string& phrase : phrases(item)) {
     const at::Tensor target_embeddings =
         batches.encode(prompts_of(item.kind, item.templates, phrase));
-    std::vector<at::Tensor> from;
-    std::vector<at::Tensor> to;
     for (int i = 0; i < item.templates; ++i) {
       const PromptRows rows =
           rows_of(tokens, item, phrase, i, options, target_embeddings[i], anchor_embeddings[i]);
-      from.push_back(rows.from);
-      to.push_back(rows.to);
+      const at::Tensor moves = rows.from.ne(rows.to).any(1);
+      const at::Tensor moving = moves.nonzero().squeeze(1);
+      kept.push_back(rows.from.index_select(0, moves.logical_not().nonzero().squeeze(1)));
+      from.push_back(rows.from.index_select(0, moving));
+      sources.push_back(rows.sources.index_select(0, moving) + i * encoder.window());
     }
-    sums.add_pairs(at::cat(from), at::cat(to), weight);
   }
-  return sums.finish();
+  return {at::cat(kept), at::cat(from), at::cat(sources)};
 }
 
-TextStatistics collect_preserved(TextEncoder& encoder, BatchEncoder& batches,
-                                 const PreservedPhrase& item) {
-  StatisticsAccumulator sums(encoder.width());
+// Sums concepts that share one anchor: sum (g - f) f^T = G^T H - sum f f^T, where H adds up the
+// rows that move to the same row of the anchor's prompts G. One product for all of them.
+class AnchorGroup {
+ public:
+  AnchorGroup(const at::Tensor& anchor_embeddings, int templates)
+      : anchor_(anchor_embeddings.reshape({-1, anchor_embeddings.size(2)}).to(at::kDouble)),
+        followers_(at::zeros_like(anchor_)),
+        edited_(anchor_.size(1)),
+        weight_(1.0 / templates) {}
+
+  void add(const ConceptRows& rows) {
+    if (rows.from.size(0) == 0) return;
+    edited_.add(rows.from, weight_);
+    followers_.index_add_(0, rows.sources, rows.from.to(at::kDouble), weight_);
+  }
+
+  // edited and shift += what was added
+  void finish(at::Tensor& edited, at::Tensor& shift) const {
+    const at::Tensor sum = edited_.finish();
+    edited.add_(sum);
+    shift.sub_(sum).addmm_(anchor_.transpose(0, 1), followers_);
+  }
+
+ private:
+  at::Tensor anchor_;     // G, [templates * window, d] float64
+  at::Tensor followers_;  // H, likewise
+  GramSum edited_;
+  double weight_;
+};
+
+// [d, d], mean over the prompts.
+at::Tensor collect_preserved(TextEncoder& encoder, BatchEncoder& batches,
+                             const PreservedPhrase& item) {
+  GramSum sum(encoder.width());
   const at::Tensor embeddings = batches.encode(prompts_of(item.kind, item.templates, item.phrase));
-  sums.add_kept(embeddings.reshape({-1, encoder.width()}), 1.0 / item.templates);
-  return sums.finish();
+  sum.add(embeddings.reshape({-1, encoder.width()}), 1.0 / item.templates);
+  return sum.finish();
+}
+
+std::string anchor_key(const std::string& fingerprint, const Concept& item) {
+  return fingerprint + "\nanchor\n" + std::string(to_string(item.kind)) + '\n' +
+         std::to_string(item.templates) + '\n' + item.anchor;
 }
 
 std::string cache_key(const std::string& fingerprint, const Concept& item,
@@ -221,10 +235,10 @@ class KeptTextCollector {
         unwanted_(captions_naming(general_prior, erased)),
         preserve_(at::zeros({encoder.width(), encoder.width()}, at::kDouble)) {
     for (const PreservedPhrase& item : preserve) {
-      const TextStatistics* known =
+      const std::vector<at::Tensor>* known =
           cache == nullptr ? nullptr : cache->find(cache_key(fingerprint_, item));
       if (known != nullptr) {
-        preserve_.add_(known->kept);
+        preserve_.add_(known->front());
         continue;
       }
       to_encode_.push_back(&item);
@@ -232,9 +246,9 @@ class KeptTextCollector {
     }
     prior_key_ = fingerprint_ + "\nprior\n" + std::string(to_string(general_prior));
     for (const std::string& caption : unwanted_) prior_key_ += '\n' + caption;
-    const TextStatistics* known = cache == nullptr ? nullptr : cache->find(prior_key_);
+    const std::vector<at::Tensor>* known = cache == nullptr ? nullptr : cache->find(prior_key_);
     if (known != nullptr) {
-      prior_ = known->kept;
+      prior_ = known->front();
     } else {
       batches_.expect(BatchEncoder::batches(static_cast<int64_t>(unwanted_.size())));
     }
@@ -246,15 +260,12 @@ class KeptTextCollector {
     prior_ = general_prior_gram(encoder_, general_prior_, progress);
     if (!unwanted_.empty()) {
       const int64_t d = encoder_.width();
-      StatisticsAccumulator sums(d);
-      sums.add_kept(batches_.encode(unwanted_).reshape({-1, d}));
-      prior_.sub_(sums.finish().kept,
-                  1.0 / static_cast<double>(generic_captions(general_prior_).size()));
+      GramSum sum(d);
+      sum.add(batches_.encode(unwanted_).reshape({-1, d}));
+      prior_.sub_(sum.finish(), 1.0 / static_cast<double>(generic_captions(general_prior_).size()));
     }
     if (cache_ != nullptr && general_prior_ != GeneralPriorSize::kNone) {
-      TextStatistics statistics = TextStatistics::zeros(encoder_.width());
-      statistics.kept = prior_;
-      cache_->insert(prior_key_, std::move(statistics));
+      cache_->insert(prior_key_, {prior_});
     }
     return prior_;
   }
@@ -262,9 +273,9 @@ class KeptTextCollector {
   // [d, d]
   at::Tensor preserve() {
     for (const PreservedPhrase* item : to_encode_) {
-      TextStatistics statistics = collect_preserved(encoder_, batches_, *item);
-      preserve_.add_(statistics.kept);
-      if (cache_ != nullptr) cache_->insert(cache_key(fingerprint_, *item), std::move(statistics));
+      const at::Tensor gram = collect_preserved(encoder_, batches_, *item);
+      preserve_.add_(gram);
+      if (cache_ != nullptr) cache_->insert(cache_key(fingerprint_, *item), {gram});
     }
     to_encode_.clear();
     return preserve_;
@@ -323,21 +334,23 @@ void check_phrases(TextEncoder& encoder, const ConceptSet& set) {
     check_fit(item.kind, item.templates, item.phrase);
 }
 
-const TextStatistics* StatisticsCache::find(const std::string& key) {
+const std::vector<at::Tensor>* StatisticsCache::find(const std::string& key) {
   auto it = index_.find(key);
   if (it == index_.end()) return nullptr;
   entries_.splice(entries_.begin(), entries_, it->second);
-  return &entries_.front().second;
+  return &entries_.front().tensors;
 }
 
-void StatisticsCache::insert(const std::string& key, TextStatistics statistics) {
-  if (index_.contains(key) || statistics.bytes() > capacity_) return;
-  bytes_ += statistics.bytes();
-  entries_.emplace_front(key, std::move(statistics));
+void StatisticsCache::insert(const std::string& key, std::vector<at::Tensor> tensors) {
+  int64_t bytes = 0;
+  for (const at::Tensor& tensor : tensors) bytes += static_cast<int64_t>(tensor.nbytes());
+  if (index_.contains(key) || bytes > capacity_) return;
+  bytes_ += bytes;
+  entries_.push_front({key, std::move(tensors), bytes});
   index_[key] = entries_.begin();
   while (bytes_ > capacity_) {
-    bytes_ -= entries_.back().second.bytes();
-    index_.erase(entries_.back().first);
+    bytes_ -= entries_.back().bytes;
+    index_.erase(entries_.back().key);
     entries_.pop_back();
   }
 }
@@ -347,37 +360,84 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
                                   Progress& progress) {
   const std::string fingerprint = encoder.fingerprint();
   if (fingerprint.empty()) cache = nullptr;
+  const auto known = [&](const std::string& key) {
+    return cache == nullptr ? nullptr : cache->find(key);
+  };
 
   Tokens tokens(encoder);
   BatchEncoder batches(encoder, progress);
-  AnchorEmbeddings anchors(batches);
-  std::vector<const Concept*> to_encode;
-  TextStatistics sum = TextStatistics::zeros(encoder.width());
   std::vector<std::string> erased;
+  std::string sum_key = fingerprint + "\nsum";
+  // Concepts by anchor, in the order of the list; what the cache knows already.
+  std::vector<std::string> anchors;
+  std::map<std::string, std::vector<std::pair<const Concept*, std::optional<ConceptRows>>>> groups;
+  std::map<std::string, at::Tensor> anchor_embeddings;
   for (const Concept& item : set.concepts) {
     for (std::string& phrase : phrases(item)) erased.push_back(std::move(phrase));
-    const TextStatistics* known =
-        cache == nullptr ? nullptr : cache->find(cache_key(fingerprint, item, options));
-    if (known != nullptr) {
-      sum.add(*known);
-      continue;
+    sum_key += cache_key("\n", item, options);
+    const std::string anchor = anchor_key(fingerprint, item);
+    if (!groups.contains(anchor)) anchors.push_back(anchor);
+    groups[anchor].emplace_back(&item, std::nullopt);
+  }
+  const std::vector<at::Tensor>* summed = known(sum_key);
+  if (summed == nullptr) {
+    for (const std::string& anchor : anchors) {
+      for (auto& [item, rows] : groups[anchor]) {
+        if (const auto* tensors = known(cache_key(fingerprint, *item, options))) {
+          rows = ConceptRows{(*tensors)[0], (*tensors)[1], (*tensors)[2]};
+        } else {
+          batches.expect(BatchEncoder::batches(item->templates) *
+                         static_cast<int64_t>(phrases(*item).size()));
+        }
+      }
+      if (const auto* tensors = known(anchor)) {
+        anchor_embeddings[anchor] = tensors->front();
+      } else {
+        batches.expect(BatchEncoder::batches(groups[anchor].front().first->templates));
+      }
     }
-    to_encode.push_back(&item);
-    anchors.expect(item);
-    batches.expect(BatchEncoder::batches(item.templates) *
-                   static_cast<int64_t>(phrases(item).size()));
   }
   KeptTextCollector kept(encoder, batches, set.preserve, set.general_prior, erased, cache);
 
   RefinementProblem problem;
   problem.prior = kept.prior(progress);
-  for (const Concept* item : to_encode) {
-    TextStatistics statistics = collect_concept(encoder, tokens, batches, anchors, *item, options);
-    sum.add(statistics);
-    if (cache != nullptr)
-      cache->insert(cache_key(fingerprint, *item, options), std::move(statistics));
+  if (summed != nullptr) {
+    problem.concepts = {(*summed)[0], (*summed)[1], (*summed)[2]};
+  } else {
+    const int64_t d = encoder.width();
+    problem.concepts = TextStatistics::zeros(d);
+    GramSum kept_context(d);
+    for (const std::string& anchor : anchors) {
+      auto& concepts = groups[anchor];
+      const Concept& first = *concepts.front().first;
+      at::Tensor& embeddings = anchor_embeddings[anchor];
+      if (!embeddings.defined()) {
+        embeddings = batches.encode(prompts_of(first.kind, first.templates, first.anchor));
+        if (cache != nullptr) cache->insert(anchor, {embeddings});
+      }
+      AnchorGroup group(embeddings, first.templates);
+      for (auto& [item, rows] : concepts) {
+        progress.check();
+        if (!rows) {
+          rows = collect_concept(encoder, tokens, batches, embeddings, *item, options);
+          if (cache != nullptr) {
+            cache->insert(cache_key(fingerprint, *item, options),
+                          {rows->kept, rows->from, rows->sources});
+          }
+        }
+        group.add(*rows);
+        kept_context.add(rows->kept, 1.0 / item->templates);
+        rows.reset();
+      }
+      group.finish(problem.concepts.edited, problem.concepts.shift);
+      embeddings.reset();
+    }
+    problem.concepts.kept = kept_context.finish();
+    if (cache != nullptr) {
+      cache->insert(sum_key,
+                    {problem.concepts.edited, problem.concepts.kept, problem.concepts.shift});
+    }
   }
-  problem.concepts = std::move(sum);
   problem.preserve = kept.preserve();
   return problem;
 }

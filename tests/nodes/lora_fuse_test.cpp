@@ -36,11 +36,11 @@ std::vector<std::string> input_ids(const NodeSchema& schema) {
 
 // Saved workflows store widgets by position: this order may only grow.
 TEST(Schemas, OrderOfTheFusionNodesIsFrozen) {
-  EXPECT_EQ(
-      input_ids(LoraFuseNode().schema()),
-      (std::vector<std::string>{"model", "clip", "loras", "loras_2", "loras_3", "loras_4",
-                                "concepts", "strength", "mode", "preserve_weight", "prior_weight",
-                                "regularization", "concept_strengths", "leave_out", "lora_rank"}));
+  EXPECT_EQ(input_ids(LoraFuseNode().schema()),
+            (std::vector<std::string>{"model", "clip", "loras", "loras_2", "loras_3", "loras_4",
+                                      "concepts", "strength", "mode", "preserve_weight",
+                                      "prior_weight", "regularization", "concept_strengths",
+                                      "leave_out", "lora_rank", "lora_rank_limit"}));
   EXPECT_EQ(input_ids(SaveBundleNode("x").schema()),
             (std::vector<std::string>{"loras", "filename_prefix"}));
   EXPECT_EQ(input_ids(LoadBundleNode("x").schema()), (std::vector<std::string>{"file"}));

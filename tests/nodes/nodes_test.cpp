@@ -75,7 +75,7 @@ TEST(Schemas, InputOrderIsFrozen) {
       ids(AttentionRefineNode().schema()),
       (std::vector<std::string>{"model", "clip", "concepts", "method", "strength", "matrices",
                                 "read_at", "regularization", "preserve_weight", "prior_weight",
-                                "adversarial_rounds", "apply_as", "lora_rank"}));
+                                "adversarial_rounds", "apply_as", "lora_rank", "lora_rank_limit"}));
   EXPECT_EQ(ids(SaveLoraNode("output").schema()),
             (std::vector<std::string>{"lora", "filename_prefix"}));
 }
@@ -221,7 +221,7 @@ TEST_P(AttentionRefineTest, ConditioningFormGivesTheSamePictures) {
   const NodeResult weights = run({{"apply_as", std::string("weights")}});
   model_->patchable_ = false;
   const NodeResult conditioning = run();  // auto
-  EXPECT_TRUE(model_of(conditioning)->key_map_.defined());
+  EXPECT_EQ(model_of(conditioning)->input_maps_.size(), model_->projections_.size());
   SamplingRequest request;
   request.steps = 1;
   request.positive = clip_->encode({"a photo of black cat"});
@@ -244,8 +244,10 @@ TEST_P(AttentionRefineTest, ValueOnlyLeavesKeysAlone) {
   }
   model_->patchable_ = false;
   const auto mapped = model_of(run({{"matrices", std::string("value")}}));
-  EXPECT_FALSE(mapped->key_map_.defined());
-  EXPECT_TRUE(mapped->value_map_.defined());
+  for (const auto& projection : model_->projections_) {
+    EXPECT_EQ(mapped->input_maps_.contains(projection.name),
+              projection.role == ProjectionRole::kValue);
+  }
 }
 
 TEST_P(AttentionRefineTest, UpstreamPatchesChangeTheWeightsButNotTheMatrix) {

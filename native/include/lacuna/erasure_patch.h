@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -30,9 +31,23 @@ struct ErasurePatch {
   bool edits(const AttentionProjection& projection) const;
 };
 
+// The pair of a projection that has one, else null. Throws Error when it does not fit the weight,
+// [out, d].
+const LowRankPair* pair_of(const ErasurePatch& patch, const AttentionProjection& projection,
+                           const at::Tensor& weight);
+
 // strength (W* - W) for one projection, [out, d], float32 or float64 as `weight`, on its device.
 at::Tensor weight_change(const ErasurePatch& patch, const AttentionProjection& projection,
                          const at::Tensor& weight, double strength = 1.0);
+
+// delta as the map that all of `projections` share.
+TextMap text_map(const at::Tensor& delta, const std::vector<AttentionProjection>& projections);
+
+// `model` with the patch on the weights of `projections`. Throws Error naming the weight that a
+// low-rank pair does not fit.
+std::shared_ptr<Denoiser> with_patch(Denoiser& model,
+                                     const std::vector<AttentionProjection>& projections,
+                                     const ErasurePatch& patch, double strength);
 
 // `*.safetensors` with metadata "format": "lacuna.patch/1". Written to a temporary name and
 // renamed.

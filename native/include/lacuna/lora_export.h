@@ -22,28 +22,24 @@ struct LoraExport {
   double edit_norm = 0.0;  // Frobenius norm of the whole edit over all projections
 };
 
-// strength multiplies the edit; rank_limit bounds the rank; the rank is lower where that is exact.
+// The smallest rank that leaves out at most `left_out` of the edit (relative Frobenius norm), but
+// never more than `rank`.
+struct LoraLimits {
+  int64_t rank = 64;
+  double left_out = 0.0;
+};
+
+// strength multiplies the edit.
 LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& projections,
                        const at::Tensor& delta, const SharedFactorization& factors,
-                       int64_t rank_limit, double strength, Progress& progress);
-
-// The same edit as patches for the host: low rank where that is smaller, full difference elsewhere.
-// tolerance: relative residual that the host's storage type cannot resolve anyway.
-std::vector<WeightDelta> weight_deltas(Denoiser& model,
-                                       const std::vector<AttentionProjection>& projections,
-                                       const at::Tensor& delta, const SharedFactorization& factors,
-                                       Progress& progress);
+                       const LoraLimits& limits, double strength, Progress& progress);
 
 // The same for patches with low-rank pairs: shared factor and pairs of a projection are put side by
-// side, exactly where the rank limit allows, else reduced to it by QR of both factors and a small
+// side, exactly where the limits allow, else reduced to them by QR of both factors and a small
 // SVD, projection by projection. `factors` are those of patch.delta over the edited projections;
-// about twice rank_limit directions are enough. LoraExport::rank is the largest rank used.
+// about twice limits.rank directions are enough. LoraExport::rank is the largest rank used.
 LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& projections,
                        const ErasurePatch& patch, const SharedFactorization& factors,
-                       int64_t rank_limit, double strength, Progress& progress);
-std::vector<WeightDelta> weight_deltas(Denoiser& model,
-                                       const std::vector<AttentionProjection>& projections,
-                                       const ErasurePatch& patch,
-                                       const SharedFactorization& factors, Progress& progress);
+                       const LoraLimits& limits, double strength, Progress& progress);
 
 }  // namespace lacuna

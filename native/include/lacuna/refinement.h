@@ -67,17 +67,22 @@ Refinement solve_refinement(const RefinementProblem& problem, const RefinementOp
 // the tokenizer reads target and anchor as the same tokens. Tokenises only.
 void check_phrases(TextEncoder& encoder, const ConceptSet& set);
 
-// Keeps statistics between runs, so that changing a strength, a weight or one concept of a hundred
+// Keeps embeddings and sums between runs, so that changing a weight or one concept of a hundred
 // does not encode the others again. Least recently used entries go first. Not thread-safe.
 class StatisticsCache {
  public:
   explicit StatisticsCache(int64_t capacity_bytes) : capacity_(capacity_bytes) {}
-  const TextStatistics* find(const std::string& key);
-  void insert(const std::string& key, TextStatistics statistics);
+  // Null when unknown; valid until the next insert().
+  const std::vector<at::Tensor>* find(const std::string& key);
+  void insert(const std::string& key, std::vector<at::Tensor> tensors);
   int64_t bytes() const { return bytes_; }
 
  private:
-  using Entry = std::pair<std::string, TextStatistics>;
+  struct Entry {
+    std::string key;
+    std::vector<at::Tensor> tensors;
+    int64_t bytes = 0;
+  };
   std::list<Entry> entries_;  // most recent first
   std::unordered_map<std::string, std::list<Entry>::iterator> index_;
   int64_t capacity_;
