@@ -24,7 +24,7 @@ from python_shim.errors import HostError
 from python_shim.fingerprint import fingerprint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from forward_checks import sided  # noqa: E402
+from forward_checks import sided
 
 KEY = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 VALUE = KEY.replace("to_k", "to_v")

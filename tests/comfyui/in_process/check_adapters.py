@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from forward_checks import sided  # noqa: E402
+from forward_checks import sided
 
 SMALL = {
     "image_size": 32,
