@@ -17,7 +17,7 @@ PY := $(VENV)/bin/python
 # Deterministic tests, and no OpenMP spinning on small machines.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-native test-python configure module build bench lint format schemas sanitize coverage clean
+.PHONY: demo test test-native test-python configure module build bench lint format schemas sanitize fuzz coverage clang clean
 
 demo: module
 	$(PY) tools/demo.py
@@ -87,6 +87,21 @@ sanitize: $(VENV)/.packages
 	$(TEST_ENV) build-sanitize/tests/native/lacuna_native_tests --gtest_brief=1
 	$(TEST_ENV) build-sanitize/tests/nodes/lacuna_nodes_tests --gtest_brief=1
 
+# libFuzzer on everything that reads what strangers wrote. Found inputs go to build-fuzz/<target>; seeds to keep to tests/fuzz/seeds.
+FUZZ_SECONDS ?= 120
+FUZZ_TARGETS ?= concepts preserve prompts safetensors bundle workflow widgets
+fuzz: $(VENV)/.packages
+	CC=clang CXX=clang++ $(VENV)/bin/cmake -S . -B build-fuzz -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_BUILD_TYPE=Debug -DLACUNA_FUZZ=ON
+	$(VENV)/bin/cmake --build build-fuzz -j $(JOBS) --target $(addprefix fuzz_,$(FUZZ_TARGETS))
+	for target in $(FUZZ_TARGETS); do \
+	  echo "== $$target"; mkdir -p build-fuzz/$$target; \
+	  $(TEST_ENV) ASAN_OPTIONS=detect_leaks=0 build-fuzz/tests/fuzz/fuzz_$$target build-fuzz/$$target tests/fuzz/seeds/$$target \
+	    -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=4096 -artifact_prefix=build-fuzz/$$target- -print_final_stats=1 \
+	    2> build-fuzz/$$target.log || { tail -60 build-fuzz/$$target.log; exit 1; }; \
+	  grep number_of_executed_units build-fuzz/$$target.log; \
+	done
+
 coverage: $(VENV)/.packages
 	$(VENV)/bin/cmake -S . -B build-coverage -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
 	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_BUILD_TYPE=Debug -DLACUNA_COVERAGE=ON
@@ -94,5 +109,12 @@ coverage: $(VENV)/.packages
 	$(TEST_ENV) build-coverage/tests/native/lacuna_native_tests --gtest_brief=1
 	$(VENV)/bin/gcovr -r . --filter native/ build-coverage --print-summary
 
+# Compiles and links everything with clang; minutes, so that CI leaves it to whoever touches C++.
+clang: $(VENV)/.packages
+	$(VENV)/bin/cmake -S . -B build-clang -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_CXX_COMPILER=clang++ -DLACUNA_WERROR=ON \
+	  -DCMAKE_UNITY_BUILD=$(UNITY) -DLACUNA_BENCHMARKS=ON
+	$(VENV)/bin/cmake --build build-clang -j $(JOBS)
+
 clean:
-	rm -rf build build-sanitize build-coverage
+	rm -rf build build-sanitize build-fuzz build-coverage build-clang

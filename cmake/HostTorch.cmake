@@ -12,8 +12,8 @@ print(int(torch.compiled_with_cxx11_abi())); print('|'.join(c.include_paths()))"
   RESULT_VARIABLE host_torch_result
   OUTPUT_STRIP_TRAILING_WHITESPACE)
 if(NOT host_torch_result EQUAL 0)
-  message(FATAL_ERROR "torch cannot be imported by ${Python_EXECUTABLE}. Install torch there first, and when "
-                      "building with pip use: pip install --no-build-isolation .\n${host_torch_error}")
+  message(FATAL_ERROR "torch cannot be imported by ${Python_EXECUTABLE}. Install torch there first; with pip, build by "
+                      "${Python_EXECUTABLE} -m pip install --no-build-isolation .\n${host_torch_error}")
 endif()
 string(REPLACE "\n" ";" host_torch_facts "${host_torch_facts}")
 list(GET host_torch_facts 0 HOST_TORCH_VERSION)

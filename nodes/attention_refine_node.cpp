@@ -9,6 +9,7 @@
 #include "lacuna/low_rank.h"
 #include "lacuna/text.h"
 #include "nodes/common_inputs.h"
+#include "nodes/edit_report.h"
 
 namespace lacuna {
 namespace {
@@ -28,8 +29,30 @@ RefinementOptions read_refinement_options(const NodeInputs& inputs) {
   return options;
 }
 
+enum class AppliedTo { kNothing, kWeights, kConditioning, kConditioningOfPacked };
+
+std::string applied(AppliedTo to) {
+  // No saver and no merge of the host sees an edit of the conditioning.
+  const std::string unsaved =
+      ": it acts in pictures drawn with this MODEL and is no part of its weights, so that Save "
+      "Checkpoint writes the model with the concepts still in it. To pass the edit on, save the "
+      "LoRA, which holds it";
+  switch (to) {
+    case AppliedTo::kNothing:
+      return "\nStrength 0: the model is unchanged.";
+    case AppliedTo::kWeights:
+      return "\nApplied to the weights.";
+    case AppliedTo::kConditioning:
+      return "\nApplied to the conditioning, as 'apply as' says" + unsaved +
+             ", or set 'apply as' to weights.";
+    case AppliedTo::kConditioningOfPacked:
+      break;
+  }
+  return "\nApplied to the conditioning, because this model's weights are packed" + unsaved + ".";
+}
+
 std::string report(const Refinement& refinement, const LoraExport& lora, double relative_edit,
-                   bool as_weights) {
+                   double strength, AppliedTo to) {
   const size_t n = refinement.concepts.concepts.size();
   std::string text = "Erased " + std::to_string(n) + (n == 1 ? " concept" : " concepts") +
                      " with '" + refinement.options.method + "':";
@@ -46,16 +69,19 @@ std::string report(const Refinement& refinement, const LoraExport& lora, double 
   text += refinement.floor_added > 0.0
               ? format_numbers(", floor %.2g added.", refinement.floor_added)
               : ".";
-  text +=
-      as_weights ? "\nApplied to the weights." : "\nApplied to the conditioning (packed weights).";
+  text += violence_warning({.relative = relative_edit,
+                            .strength = strength,
+                            .concepts = n,
+                            .preserved = refinement.concepts.preserve.size(),
+                            .general_prior = refinement.concepts.general_prior,
+                            .regularization = refinement.options.regularization});
+  text += applied(to);
   text += "\nLoRA: rank " + std::to_string(lora.rank) +
           format_numbers(", leaves out %.3g %% of the edit.", 100 * lora.residual);
   return text;
 }
 
 }  // namespace
-
-AttentionRefineNode::AttentionRefineNode() : cache_(kRefineCacheBytes) {}
 
 const NodeSchema& AttentionRefineNode::schema() const {
   static const NodeSchema schema{
@@ -161,7 +187,9 @@ const NodeSchema& AttentionRefineNode::schema() const {
                .type = socket::kCombo,
                .tooltip = "weights: a weight patch, as a LoRA. conditioning: the same edit made on "
                           "the text embedding inside cross-attention, for packed weights (GGUF, "
-                          "4-bit). auto: weights where possible.",
+                          "4-bit); Save Checkpoint then writes the model with the concepts still "
+                          "in it, so save the LoRA. auto: weights where possible, conditioning for "
+                          "packed ones; the report says which.",
                .advanced = true,
                .default_value = std::string("auto"),
                .options = {"auto", "weights", "conditioning"}},
@@ -210,25 +238,32 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
                               ? projection_gram(*model, projections, progress)
                               : at::Tensor();
 
-  const RefinementProblem problem = collect_problem(*clip, concepts, options, &cache_, progress);
+  auto cache = cache_.borrow(kRefineCacheBytes);
+  const RefinementProblem problem = collect_problem(*clip, concepts, options, &*cache, progress);
   Refinement refinement = solve_refinement(problem, options, gram);
   refinement.concepts = concepts;
   refinement.encoder_fingerprint = clip->fingerprint();
+  refinement.encoder_samples = clip->weight_samples();
 
   const LoraLimits limits = lora_limits(inputs);
   const SharedFactorization factors(refinement.delta, rows, limits.rank, progress, limits.left_out);
   const LoraExport lora =
       export_lora(*model, projections, refinement.delta, factors, limits, strength, progress);
 
-  const bool as_weights = apply_as == "weights" || (apply_as == "auto" && model->patchable());
+  const bool packed = !model->patchable();
+  const bool as_weights = apply_as == "weights" || (apply_as == "auto" && !packed);
   const std::vector<TextMap> maps{text_map(refinement.delta, projections)};
   std::shared_ptr<Denoiser> erased =
       as_weights ? model->with_weight_maps(maps, strength) : model->with_input_maps(maps, strength);
 
   const double original_norm = rows.norm().item<double>();
   NodeResult result;
+  const AppliedTo to = strength == 0.0 ? AppliedTo::kNothing
+                       : as_weights    ? AppliedTo::kWeights
+                       : packed        ? AppliedTo::kConditioningOfPacked
+                                       : AppliedTo::kConditioning;
   std::string text =
-      report(refinement, lora, strength * factors.edit_norm() / original_norm, as_weights);
+      report(refinement, lora, strength * factors.edit_norm() / original_norm, strength, to);
   result.text = {text};
   result.outputs = {std::move(erased), std::make_shared<const Refinement>(std::move(refinement)),
                     std::make_shared<const LoraTensors>(lora.tensors), std::move(text)};

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lacuna/refinement.h"
+#include "nodes/kept_state.h"
 #include "nodes/node.h"
 
 namespace lacuna {
@@ -9,13 +10,12 @@ namespace lacuna {
 // Closed-form erasure: MODEL and CLIP in, forgetting MODEL out.
 class AttentionRefineNode final : public Node {
  public:
-  AttentionRefineNode();
   const NodeSchema& schema() const override;
   void validate(const NodeInputs& constants) const override;
   NodeResult run(const NodeInputs& inputs, Progress& progress) override;
 
  private:
-  StatisticsCache cache_;
+  KeptState<StatisticsCache> cache_;
 };
 
 }  // namespace lacuna

@@ -1,23 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nodes/concept_set_node.h"
 
+#include <algorithm>
+
 #include "lacuna/concept_set.h"
 #include "lacuna/prompt_templates.h"
+#include "lacuna/text.h"
+#include "lacuna/typed_list.h"
 
 namespace lacuna {
 namespace {
 
-ConceptSet read_set(const NodeInputs& inputs) {
+struct ReadSet {
+  ConceptSet set;
+  std::string notes;  // what was understood, and what is in doubt
+};
+
+ReadSet read_set(const NodeInputs& inputs) {
   ConceptDefaults defaults;
   defaults.kind = concept_kind_from_string(inputs.string("kind"));
   defaults.anchor = inputs.string("default_anchor");
   defaults.templates = static_cast<int>(inputs.integer("templates"));
-  ConceptSet set = parse_concepts(inputs.string("concepts"), defaults);
-  for (PreservedPhrase& item : parse_preserve_lines(inputs.string("preserve"), defaults)) {
+  ReadingNotes of_concepts, of_preserve;
+  ConceptSet set = parse_concepts(inputs.string("concepts"), defaults, &of_concepts);
+  for (PreservedPhrase& item :
+       parse_preserve_lines(inputs.string("preserve"), defaults, &of_preserve)) {
     set.preserve.push_back(std::move(item));
   }
   set.general_prior = general_prior_from_string(inputs.string("general_prior"));
-  return set;
+  std::string notes;
+  for (const auto& [input, said] :
+       {std::pair("concepts", of_concepts.text()), std::pair("preserve", of_preserve.text())}) {
+    if (!said.empty()) notes += std::string("\nIn '") + input + "':\n" + said;
+  }
+  return {std::move(set), std::move(notes)};
+}
+
+std::string counted(size_t count, const std::string& what) {
+  return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
+}
+
+// What was read, so that nobody has to guess.
+std::string report(const ConceptSet& set, const std::string& notes) {
+  constexpr size_t kShown = 8;
+  std::string text = "Erases " + counted(set.concepts.size(), "concept") + ", keeps " +
+                     counted(set.preserve.size(), "phrase") + ".";
+  for (size_t i = 0; i < std::min(set.concepts.size(), kShown); ++i) {
+    const Concept& item = set.concepts[i];
+    text += "\n" + in_quotes(item.target) + " -> " + in_quotes(item.anchor);
+    if (!item.synonyms.empty()) text += ", with " + in_quotes(item.synonyms.front());
+    if (item.synonyms.size() > 1) {
+      text += " and " + std::to_string(item.synonyms.size() - 1) + " more";
+    }
+  }
+  if (set.concepts.size() > kShown) {
+    text += "\nand " + std::to_string(set.concepts.size() - kShown) + " more";
+  }
+  return text + notes;
 }
 
 }  // namespace
@@ -39,7 +78,10 @@ const NodeSchema& ConceptSetNode::schema() const {
                .tooltip =
                    "One concept a line: target -> anchor | synonym, synonym  # comment. Everything "
                    "after the target is optional. The anchor is what is drawn instead; synonyms "
-                   "are erased too. A lacuna.concepts/1 JSON file can be pasted instead.",
+                   "are erased too. A lacuna.concepts/1 JSON file, or a list from elsewhere "
+                   "(bullets, "
+                   "numbers, quotes, other arrows), can be pasted instead: the report says how it "
+                   "was read.",
                .multiline = true,
                .default_value = std::string("church")},
               {.id = "kind",
@@ -89,7 +131,9 @@ const NodeSchema& ConceptSetNode::schema() const {
       .outputs = {{"concepts", "concepts", socket::kConcepts,
                    "The whole list, for Attention Refine."},
                   {"json", "json", socket::kString,
-                   "The list as a lacuna.concepts/1 file to save or share."}},
+                   "The list as a lacuna.concepts/1 file to save or share."},
+                  {"report", "report", socket::kString,
+                   "What was read: the concepts, how pasted text was understood, what to check."}},
   };
   return schema;
 }
@@ -97,12 +141,12 @@ const NodeSchema& ConceptSetNode::schema() const {
 void ConceptSetNode::validate(const NodeInputs& constants) const {
   if (constants.has_all(
           {"concepts", "kind", "default_anchor", "preserve", "general_prior", "templates"})) {
-    lacuna::validate(read_set(constants));
+    lacuna::validate(read_set(constants).set);
   }
 }
 
 NodeResult ConceptSetNode::run(const NodeInputs& inputs, Progress&) {
-  ConceptSet set = read_set(inputs);
+  auto [set, notes] = read_set(inputs);
   lacuna::validate(set);
   if (inputs.has("previous")) {
     set = merge(*inputs.get<std::shared_ptr<const ConceptSet>>("previous"), set);
@@ -110,7 +154,10 @@ NodeResult ConceptSetNode::run(const NodeInputs& inputs, Progress&) {
   }
   NodeResult result;
   std::string json = to_json(set);
-  result.outputs = {std::make_shared<const ConceptSet>(std::move(set)), std::move(json)};
+  std::string text = report(set, notes);
+  result.text = {text};
+  result.outputs = {std::make_shared<const ConceptSet>(std::move(set)), std::move(json),
+                    std::move(text)};
   return result;
 }
 

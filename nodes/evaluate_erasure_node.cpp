@@ -11,6 +11,7 @@
 #include "lacuna/evaluation.h"
 #include "lacuna/evaluation_report.h"
 #include "lacuna/text.h"
+#include "lacuna/typed_list.h"
 #include "nodes/numbered_path.h"
 
 namespace lacuna {
@@ -21,10 +22,10 @@ namespace fs = std::filesystem;
 constexpr size_t kMostNeighbours = 200;
 
 std::vector<std::string> read_neighbours(const std::string& text) {
+  ReadingNotes unused;
   std::vector<std::string> words;
-  for (const std::string& line : split_lines(text)) {
-    const std::string word = normalize_phrase(line.substr(0, line.find('#')));
-    if (!word.empty()) words.push_back(word);
+  for (TypedPhrase& item : typed_phrases(text, "'neighbours'", unused)) {
+    words.push_back(std::move(item.phrase));
   }
   if (words.size() > kMostNeighbours) {
     throw Error("'neighbours' has " + std::to_string(words.size()) + " lines; " +

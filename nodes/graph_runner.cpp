@@ -7,6 +7,9 @@
 #include <utility>
 
 #include "lacuna/error.h"
+#include "lacuna/json_text.h"
+#include "lacuna/text.h"
+#include "nodes/file_name.h"
 
 namespace lacuna {
 namespace {
@@ -15,7 +18,8 @@ using nlohmann::json;
 
 constexpr size_t kMaxTextBytes = 8u << 20;
 constexpr size_t kMaxNodes = 2'000;
-constexpr int kMaxDepth = 32;
+// Two thousand nodes of a hundred widgets, or of thirty links.
+constexpr JsonLimits kJsonLimits{.depth = 32, .values = 200'000};
 
 std::string label(const WorkflowNode& node) {
   return "node " + node.id + " (" + node.class_type + ")";
@@ -36,6 +40,40 @@ Value constant(const WorkflowNode& node, const std::string& input, const json& v
   if (value.is_number_float()) return value.get<double>();
   if (value.is_string()) return value.get<std::string>();
   throw Error(label(node) + ": input '" + input + "' has a value this runner cannot read");
+}
+
+std::string title_of(const json& entry) {
+  const json::json_pointer path("/_meta/title");
+  return entry.contains(path) && entry[path].is_string() ? entry[path].get<std::string>() : "";
+}
+
+// A value as the page writes it in the name of a file.
+std::string text_of(const json& value) {
+  if (value.is_string()) return value.get<std::string>();
+  if (value.is_number_float()) return format_numbers("%.15g", value.get<double>());
+  return value.dump();
+}
+
+// What %Node.widget% stands for; of several nodes of one name the first one counts.
+WidgetTexts widget_texts(const Workflow& workflow) {
+  WidgetTexts texts;
+  for (const auto name : {&WorkflowNode::class_type, &WorkflowNode::title}) {
+    for (const auto& [id, node] : workflow) {
+      for (const auto& [widget, text] : node.texts) texts.emplace(node.*name + "." + widget, text);
+    }
+  }
+  return texts;
+}
+
+// With the names of files written out, so that they are judged before anything runs.
+Workflow with_file_names(Workflow workflow, const NodeRegistry& registry) {
+  const WidgetTexts widgets = widget_texts(workflow);
+  for (auto& [id, node] : workflow) {
+    if (const Node* type = registry.find(node.class_type)) {
+      fill_in_widgets(type->schema(), node.constants, widgets);
+    }
+  }
+  return workflow;
 }
 
 bool types_match(const std::string& from, const std::string& to) {
@@ -86,15 +124,7 @@ void check_node(const Workflow& workflow, const WorkflowNode& node, const NodeRe
 
 Workflow parse_workflow(std::string_view text) {
   if (text.size() > kMaxTextBytes) throw Error("the workflow is larger than 8 MiB");
-  json root;
-  try {
-    root = json::parse(text, [](int depth, json::parse_event_t, json&) {
-      if (depth > kMaxDepth) throw Error("the workflow is nested too deeply");
-      return true;
-    });
-  } catch (const json::exception& e) {
-    throw Error(std::string("the workflow is not valid JSON: ") + e.what());
-  }
+  const json root = parse_json(text, "the workflow", kJsonLimits);
   if (!root.is_object()) throw Error("the workflow must be a JSON object");
   if (root.contains("nodes") && root.contains("links")) {
     throw Error(
@@ -109,7 +139,7 @@ Workflow parse_workflow(std::string_view text) {
     if (!entry.is_object() || !entry.contains("class_type") || !entry["class_type"].is_string()) {
       throw Error("node " + id + " has no 'class_type'; is this an API-format workflow?");
     }
-    WorkflowNode node{id, entry["class_type"].get<std::string>(), {}, {}};
+    WorkflowNode node{id, entry["class_type"].get<std::string>(), title_of(entry)};
     if (entry.contains("inputs")) {
       if (!entry["inputs"].is_object()) throw Error(label(node) + ": 'inputs' must be an object");
       for (const auto& [input, value] : entry["inputs"].items()) {
@@ -120,6 +150,7 @@ Workflow parse_workflow(std::string_view text) {
           node.links[input] = {value[0].get<std::string>(), static_cast<size_t>(output)};
         } else if (!value.is_null()) {
           node.constants[input] = constant(node, input, value);
+          node.texts[input] = text_of(value);
         }
       }
     }
@@ -166,8 +197,9 @@ std::vector<std::string> plan_workflow(const Workflow& workflow, const NodeRegis
   return order;
 }
 
-std::vector<WorkflowOutput> run_workflow(const Workflow& workflow, const NodeRegistry& registry,
+std::vector<WorkflowOutput> run_workflow(const Workflow& as_written, const NodeRegistry& registry,
                                          Progress& progress) {
+  const Workflow workflow = with_file_names(as_written, registry);
   const std::vector<std::string> order = plan_workflow(workflow, registry);
   std::map<std::string, size_t> uses;  // how many links still read a node's outputs
   for (const std::string& id : order) {

@@ -23,8 +23,10 @@ struct WorkflowLink {
 struct WorkflowNode {
   std::string id;
   std::string class_type;
-  std::map<std::string, Value> constants;
-  std::map<std::string, WorkflowLink> links;
+  std::string title = {};  // of the page; may be empty
+  std::map<std::string, Value> constants = {};
+  std::map<std::string, std::string> texts = {};  // the constants, as the page writes them
+  std::map<std::string, WorkflowLink> links = {};
 };
 
 using Workflow = std::map<std::string, WorkflowNode>;

@@ -16,11 +16,20 @@ namespace {
 
 using Run = std::function<NodeResult(const NodeInputs&, Progress&)>;
 
-// These node types have no state and no rules beyond their schema.
+// These node types have no state and no rules beyond their schema and the names of files.
 class HostNode final : public Node {
  public:
-  HostNode(NodeSchema schema, Run run) : schema_(std::move(schema)), run_(std::move(run)) {}
+  HostNode(NodeSchema schema, Run run, std::string output_folder)
+      : schema_(std::move(schema)),
+        run_(std::move(run)),
+        output_folder_(std::move(output_folder)) {}
   const NodeSchema& schema() const override { return schema_; }
+  void validate(const NodeInputs& constants) const override {
+    for (const InputSpec& input : schema_.inputs) {
+      if (!input.names_file || !constants.has(input.id)) continue;
+      check_prefix(output_folder_, constants.string(input.id), ".safetensors");
+    }
+  }
   NodeResult run(const NodeInputs& inputs, Progress& progress) override {
     return run_(inputs, progress);
   }
@@ -28,12 +37,19 @@ class HostNode final : public Node {
  private:
   NodeSchema schema_;
   Run run_;
+  std::string output_folder_;
 };
 
 InputSpec link(const char* id, const char* type) { return {.id = id, .type = type}; }
 
 InputSpec text(const char* id, const char* default_value) {
   return {.id = id, .type = socket::kString, .default_value = std::string(default_value)};
+}
+
+InputSpec prefix(const char* id, const char* default_value) {
+  InputSpec spec = text(id, default_value);
+  spec.names_file = true;
+  return spec;
 }
 
 InputSpec file(const char* id) { return {.id = id, .type = socket::kCombo}; }
@@ -53,9 +69,9 @@ NodeResult save_images(const NodeInputs& inputs, const std::string& folder,
   NodeResult result;
   const at::Tensor& images = inputs.get<at::Tensor>("images");
   for (int64_t i = 0; i < images.size(0); ++i) {
-    const std::string path = numbered_path(folder, prefix, ".png");
-    save_png(images[i], path, {{"prompt", workflow_json}});
-    result.images.push_back(path);
+    OutputFile out = numbered_file(folder, prefix, ".png", images.size(2), images.size(1));
+    write_png(images[i], out, {{"prompt", workflow_json}});
+    result.images.push_back(out.commit());
   }
   return result;
 }
@@ -82,9 +98,10 @@ std::string any_to_text(const Value& value) {
 void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> application,
                     const std::string& workflow_json) {
   using namespace socket;
+  const std::string folder = application->output_directory();
   const auto add = [&](NodeSchema schema, Run run) {
     if (schema.display_name.empty()) schema.display_name = schema.id;
-    registry.add(std::make_unique<HostNode>(std::move(schema), std::move(run)));
+    registry.add(std::make_unique<HostNode>(std::move(schema), std::move(run), folder));
   };
 
   add({.id = "CheckpointLoaderSimple",
@@ -185,10 +202,9 @@ void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> applica
                               inputs.get<at::Tensor>("samples"))}};
       });
 
-  const std::string folder = application->output_directory();
   add({.id = "SaveImage",
        .output_node = true,
-       .inputs = {link("images", kImage), text("filename_prefix", "ComfyUI")}},
+       .inputs = {link("images", kImage), prefix("filename_prefix", "ComfyUI")}},
       [folder, workflow_json](const NodeInputs& inputs, Progress&) {
         return save_images(inputs, folder, inputs.string("filename_prefix"), workflow_json);
       });
@@ -201,12 +217,12 @@ void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> applica
     add({.id = id,
          .output_node = true,
          .inputs = {link("lora", kLoraModel),
-                    text("prefix", "loras/ComfyUI_trained_lora"),
+                    prefix("prefix", "loras/ComfyUI_trained_lora"),
                     {.id = "steps", .type = kInt, .optional = true}}},
         [folder](const NodeInputs& inputs, Progress&) {
-          const std::string path = numbered_path(folder, inputs.string("prefix"), ".safetensors");
-          save_safetensors({*inputs.get<std::shared_ptr<const LoraTensors>>("lora"), {}}, path);
-          return NodeResult{.files = {path}};
+          OutputFile out = numbered_file(folder, inputs.string("prefix"), ".safetensors");
+          write_safetensors({*inputs.get<std::shared_ptr<const LoraTensors>>("lora"), {}}, out);
+          return NodeResult{.files = {out.commit()}};
         });
   }
   add({.id = "PreviewAny", .output_node = true, .inputs = {link("source", kAny)}},

@@ -36,8 +36,11 @@ const NodeSchema& SaveBundleNode::schema() const {
               {.id = "filename_prefix",
                .display_name = "filename prefix",
                .type = socket::kString,
-               .tooltip = "File name within ComfyUI's output folder; a number is added.",
-               .default_value = std::string("lacuna/bundle")},
+               .tooltip =
+                   "File name within ComfyUI's output folder; a number is added. As in ComfyUI, "
+                   "%date:yyyy-MM-dd% and %Node.widget% are filled in.",
+               .default_value = std::string("lacuna/bundle"),
+               .names_file = true},
           },
       .outputs = {{"report", "report", socket::kString, "Where the file is."}},
   };
@@ -46,16 +49,17 @@ const NodeSchema& SaveBundleNode::schema() const {
 
 void SaveBundleNode::validate(const NodeInputs& constants) const {
   if (constants.has("filename_prefix")) {
-    numbered_path(output_folder_, constants.string("filename_prefix"), ".safetensors");
+    check_prefix(output_folder_, constants.string("filename_prefix"), ".safetensors");
   }
 }
 
 NodeResult SaveBundleNode::run(const NodeInputs& inputs, Progress& progress) {
   progress.check();
-  const std::string path =
-      numbered_path(output_folder_, inputs.string("filename_prefix"), ".safetensors");
   const LoraBundle& bundle = *inputs.get<std::shared_ptr<const LoraBundle>>("loras");
-  save_bundle(bundle, path);
+  const SafetensorsFile file = to_safetensors(bundle);
+  OutputFile out = numbered_file(output_folder_, inputs.string("filename_prefix"), ".safetensors");
+  write_safetensors(file, out);
+  const std::string path = out.commit();
   const size_t n = bundle.concepts.size();
   const std::string report =
       "Saved " + std::to_string(n) + (n == 1 ? " concept: " : " concepts: ") + path;
@@ -119,6 +123,9 @@ NodeResult LoadBundleNode::run(const NodeInputs& inputs, Progress& progress) {
     report += (i == 0 ? "" : ", ") + bundle->concepts[i]->item.target;
   }
   if (n > 10) report += " and " + std::to_string(n - 10) + " more";
+  if (const std::string name = short_name(model_of(*bundle)); !name.empty()) {
+    report += "\nTrained on base model " + name + ".";
+  }
   return {.outputs = {std::move(bundle), std::move(concepts), report}, .text = {report}};
 }
 

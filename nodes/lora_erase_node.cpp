@@ -11,6 +11,7 @@
 
 #include "lacuna/attention_projection.h"
 #include "lacuna/error.h"
+#include "lacuna/lora_bundle.h"
 #include "lacuna/random_stream.h"
 #include "lacuna/text.h"
 
@@ -108,15 +109,10 @@ Pictures read_pictures(const NodeInputs& inputs, size_t concepts) {
 }
 
 void check_bundle(const LoraBundle& bundle, Denoiser& model, TextEncoder& encoder) {
-  if (bundle.model_fingerprint != model.fingerprint()) {
-    throw Error(
-        "LoRA Erase: LORAS were trained on another base model (its weights differ); connect the "
-        "model they belong to, or leave LORAS unconnected");
-  }
-  if (bundle.encoder_fingerprint != encoder.fingerprint()) {
-    throw Error(
-        "LoRA Erase: LORAS were trained with another text encoder (its weights differ); connect "
-        "the CLIP they belong to, or leave LORAS unconnected");
+  try {
+    check_weights(bundle, model, encoder);
+  } catch (const Error& e) {
+    throw Error("LoRA Erase: 'loras': " + std::string(e.what()) + ", or leave it unconnected");
   }
 }
 
@@ -414,6 +410,7 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   if (inputs.has("loras")) {
     bundle = *inputs.get<std::shared_ptr<const LoraBundle>>("loras");
     check_bundle(bundle, *model, *clip);
+    add_samples(bundle, *model, *clip);
   }
   if (pictures.images.defined()) {
     training.images.latents = model->from_host_latent(training.decoder->encode(pictures.images))
@@ -426,7 +423,9 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   // What is there already, from LORAS or from an earlier run of this node.
   const std::string how = recipe(options, training.refinement, training.images);
   const std::string model_key = fingerprint_of(*model, *clip, progress);
-  std::erase_if(finished_, [&](const auto& entry) {
+  auto loan = finished_.borrow();
+  std::map<std::string, TrainedConcept>& finished = *loan;
+  std::erase_if(finished, [&](const auto& entry) {
     return !entry.first.starts_with(model_key + '\n' + how);  // of no use any more
   });
   std::vector<Concept> missing;
@@ -440,7 +439,7 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
     if (same != bundle.concepts.end()) {
       ready[item.target] = *same;
       ++from_loras;
-    } else if (finished_.contains(key_of(model_key, item, how))) {
+    } else if (finished.contains(key_of(model_key, item, how))) {
       ++from_memory;
     } else {
       missing.push_back(item);
@@ -451,7 +450,7 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   try {
     train_loras(training, missing, options, progress, [&](TrainedConcept done) {
       const std::string key = key_of(model_key, done.lora->item, how);
-      finished_.insert_or_assign(key, std::move(done));
+      finished.insert_or_assign(key, std::move(done));
     });
   } catch (const std::exception& e) {
     // The host must see its own exception, but only we know what would help.
@@ -470,8 +469,8 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   std::string lines;
   int64_t preview_count = 0;
   for (const Concept& item : set.concepts) {
-    const auto it = finished_.find(key_of(model_key, item, how));
-    if (ready.contains(item.target) || it == finished_.end()) continue;
+    const auto it = finished.find(key_of(model_key, item, how));
+    if (ready.contains(item.target) || it == finished.end()) continue;
     const TrainedConcept& done = it->second;
     ready[item.target] = done.lora;
     used.insert(*it);
@@ -488,7 +487,7 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
     if (used.size() <= 20) lines += "\n" + item.target + ": " + percent(done);
   }
   if (used.size() > 20) lines += "\nand " + std::to_string(used.size() - 20) + " more";
-  finished_ = std::move(used);
+  finished = std::move(used);
 
   std::erase_if(bundle.concepts,
                 [&](const auto& lora) { return ready.contains(lora->item.target); });
@@ -496,8 +495,16 @@ NodeResult LoraEraseNode::run(const NodeInputs& inputs, Progress& progress) {
   for (const Concept& item : set.concepts) bundle.concepts.push_back(ready.at(item.target));
   bundle.preserve = set.preserve;
   bundle.general_prior = set.general_prior;
-  bundle.model_fingerprint = model->fingerprint();
-  bundle.encoder_fingerprint = clip->fingerprint();
+  // What LORAS say stays: those are the same weights, maybe in a finer type.
+  const bool all_new = passed_on + from_loras == 0;
+  if (all_new || bundle.model_fingerprint.empty()) {
+    bundle.model_fingerprint = model->fingerprint();
+    bundle.model_samples = model->weight_samples();
+  }
+  if (all_new || bundle.encoder_fingerprint.empty()) {
+    bundle.encoder_fingerprint = clip->fingerprint();
+    bundle.encoder_samples = clip->weight_samples();
+  }
 
   std::string text = "Trained " + std::to_string(missing.size()) +
                      (missing.size() == 1 ? " concept" : " concepts") + " (" +

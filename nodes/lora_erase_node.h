@@ -5,6 +5,7 @@
 #include <string>
 
 #include "lacuna/lora_trainer.h"
+#include "nodes/kept_state.h"
 #include "nodes/node.h"
 
 namespace lacuna {
@@ -19,7 +20,7 @@ class LoraEraseNode final : public Node {
  private:
   // What the last runs finished, by everything it depends on: a run that was cancelled or failed
   // goes on where it stopped. Of one recipe at a time.
-  std::map<std::string, TrainedConcept> finished_;
+  KeptState<std::map<std::string, TrainedConcept>> finished_;
 };
 
 }  // namespace lacuna

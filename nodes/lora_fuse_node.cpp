@@ -15,7 +15,9 @@
 #include "lacuna/lora_export.h"
 #include "lacuna/low_rank.h"
 #include "lacuna/text.h"
+#include "lacuna/typed_list.h"
 #include "nodes/common_inputs.h"
+#include "nodes/edit_report.h"
 
 namespace lacuna {
 namespace {
@@ -33,13 +35,14 @@ FusionOptions read_fusion_options(const NodeInputs& inputs) {
   return options;
 }
 
-// "name = 0.5", one a line; '#' starts a comment. Throws Error with the line.
+// "name = 0.5", one a line; comments as in Concept Set. Throws Error with the line.
 ConceptStrengths parse_strengths(const std::string& text) {
   ConceptStrengths strengths;
   std::set<std::string> seen;
-  for (const std::string& line : split_lines(text)) {
-    const std::string body = normalize_phrase(line.substr(0, line.find('#')));
-    if (body.empty()) continue;
+  ReadingNotes unused;
+  const std::string list = "'concept strengths'";
+  for (const TypedLine& line : typed_lines(list_body(text, list, unused), list, unused)) {
+    const std::string& body = line.text;
     const size_t equals = body.rfind('=');
     const std::string name =
         equals == std::string::npos ? "" : normalize_phrase(body.substr(0, equals));
@@ -49,8 +52,8 @@ ConceptStrengths parse_strengths(const std::string& text) {
     std::string rest;
     if (name.empty() || !(number >> strength) || (number >> rest) || !(strength >= 0.0) ||
         strength > kMaxStrength) {
-      throw Error("concept strengths: cannot read '" + body +
-                  "'; write a concept and a number from 0 to 2, as in: church = 0.5");
+      throw Error("concept strengths: cannot read " + in_quotes(body) +
+                  "; write a concept and a number from 0 to 2, as in: church = 0.5");
     }
     if (!seen.insert(fold_case(name)).second) {
       throw Error("concept strengths: '" + name + "' is listed twice; remove one of them");
@@ -62,9 +65,10 @@ ConceptStrengths parse_strengths(const std::string& text) {
 
 std::vector<std::string> parse_names(const std::string& text) {
   std::vector<std::string> names;
-  for (const std::string& line : split_lines(text)) {
-    std::string name = normalize_phrase(line.substr(0, line.find('#')));
-    if (!name.empty()) names.push_back(std::move(name));
+  ReadingNotes unused;
+  const std::string list = "'leave out'";
+  for (TypedLine& line : typed_lines(list_body(text, list, unused), list, unused)) {
+    names.push_back(std::move(line.text));
   }
   return names;
 }
@@ -181,6 +185,12 @@ std::string report(const Selection& selection, const FusionOptions& options, con
                          100 * lora.edit_norm / original_norm, fusion.condition);
   text +=
       fusion.floor_added > 0.0 ? format_numbers(", floor %.2g added.", fusion.floor_added) : ".";
+  text += violence_warning({.relative = lora.edit_norm / original_norm,
+                            .strength = strength,
+                            .concepts = n,
+                            .preserved = bundle.preserve.size(),
+                            .general_prior = bundle.general_prior,
+                            .regularization = options.regularization});
   text += strength == 0.0 ? "\nStrength 0: the model is unchanged." : "\nApplied to the weights.";
   text += "\nLoRA: rank " + std::to_string(lora.rank) +
           format_numbers(", leaves out %.3g %% of the edit.", 100 * lora.residual);
@@ -196,8 +206,6 @@ InputSpec more_loras(const char* id, const char* name) {
 }
 
 }  // namespace
-
-LoraFuseNode::LoraFuseNode() : cache_(kFuseCacheBytes) {}
 
 const NodeSchema& LoraFuseNode::schema() const {
   static const NodeSchema schema{
@@ -327,21 +335,24 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   if (!model->patchable()) {
     throw Error(
         "this model's weights are packed (GGUF, 4-bit) and cannot carry LoRAs exactly; load "
-        "unpacked weights, or use Attention Refine alone, which can work on the conditioning");
+        "unpacked weights, or use Attention Refine alone, which can work on the conditioning (Save "
+        "Checkpoint then writes the model unerased; its LoRA output holds the edit)");
   }
   std::vector<std::shared_ptr<const LoraBundle>> bundles;
   for (const char* id : kLorasInputs) {
     if (!inputs.has(id)) continue;
-    bundles.push_back(inputs.get<std::shared_ptr<const LoraBundle>>(id));
+    auto bundle = std::make_shared<LoraBundle>(*inputs.get<std::shared_ptr<const LoraBundle>>(id));
     try {
-      if (bundles.back()->concepts.empty()) {
+      if (bundle->concepts.empty()) {
         throw Error("these LoRAs hold no concept; train some with LoRA Erase");
       }
-      for (const auto& item : bundles.back()->concepts) lacuna::check(*item);
-      check_fits(*bundles.back(), *model, *clip, projections);
+      for (const auto& item : bundle->concepts) lacuna::check(*item);
+      check_fits(*bundle, *model, *clip, projections);
+      add_samples(*bundle, *model, *clip);
     } catch (const Error& e) {
       throw Error("'" + std::string(id) + "': " + e.what());
     }
+    bundles.push_back(std::move(bundle));
   }
   const ConceptSet* wanted = inputs.has("concepts")
                                  ? inputs.get<std::shared_ptr<const ConceptSet>>("concepts").get()
@@ -359,10 +370,12 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   for (const auto& item : bundle.concepts) {
     for (std::string& phrase : phrases(item->item)) erased.push_back(std::move(phrase));
   }
+  auto cache = cache_.borrow(kFuseCacheBytes);
   const KeptText kept =
-      collect_kept_text(*clip, bundle.preserve, bundle.general_prior, erased, &cache_, progress);
-  sums_.assign(bundle.concepts);
-  const Fusion fusion = sums_.solve(kept, options, selection.strengths, progress);
+      collect_kept_text(*clip, bundle.preserve, bundle.general_prior, erased, &*cache, progress);
+  auto sums = sums_.borrow();
+  sums->assign(bundle.concepts);
+  const Fusion fusion = sums->solve(kept, options, selection.strengths, progress);
   const SharedFactorization factors(fusion.patch.delta, rows, 2 * limits.rank, progress);
   const LoraExport lora =
       export_lora(*model, projections, fusion.patch, factors, limits, strength, progress);

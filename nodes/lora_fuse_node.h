@@ -3,6 +3,7 @@
 
 #include "lacuna/fusion.h"
 #include "lacuna/refinement.h"
+#include "nodes/kept_state.h"
 #include "nodes/node.h"
 
 namespace lacuna {
@@ -11,14 +12,13 @@ namespace lacuna {
 // MODEL out. What a change of strength does not touch is kept between runs.
 class LoraFuseNode final : public Node {
  public:
-  LoraFuseNode();
   const NodeSchema& schema() const override;
   void validate(const NodeInputs& constants) const override;
   NodeResult run(const NodeInputs& inputs, Progress& progress) override;
 
  private:
-  StatisticsCache cache_;
-  FusionSums sums_;
+  KeptState<StatisticsCache> cache_;
+  KeptState<FusionSums> sums_;
 };
 
 }  // namespace lacuna

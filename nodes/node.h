@@ -19,8 +19,8 @@ struct NodeResult {
   std::vector<std::string> text = {};    // shown in the node
 };
 
-// One node type. An instance lives as long as its registry and may keep caches, but a result
-// depends on the inputs only.
+// One node type. An instance lives as long as its registry and may keep caches (KeptState), but a
+// result depends on the inputs only. All calls may come from several threads at once.
 class Node {
  public:
   virtual ~Node() = default;

@@ -54,6 +54,15 @@ void check_range(const InputSpec& input, const Value& value, const std::string& 
 
 }  // namespace
 
+void fill_in_widgets(const NodeSchema& schema, std::map<std::string, Value>& values,
+                     const WidgetTexts& widgets) {
+  for (const InputSpec& input : schema.inputs) {
+    const auto it = input.names_file ? values.find(input.id) : values.end();
+    if (it == values.end()) continue;
+    if (auto* name = std::get_if<std::string>(&it->second)) *name = with_widgets(*name, widgets);
+  }
+}
+
 NodeInputs::NodeInputs(const NodeSchema& schema, std::map<std::string, Value> values,
                        const std::set<std::string>& linked)
     : schema_(&schema), values_(std::move(values)) {

@@ -8,10 +8,15 @@
 #include <utility>
 
 #include "lacuna/error.h"
+#include "nodes/file_name.h"
 #include "nodes/node_schema.h"
 #include "nodes/value.h"
 
 namespace lacuna {
+
+// In the inputs that name a file, %Node.widget% as file_name.h says.
+void fill_in_widgets(const NodeSchema& schema, std::map<std::string, Value>& values,
+                     const WidgetTexts& widgets);
 
 // The inputs of one run, checked against the schema: types, ranges, options. Absent widgets read as
 // their default, unless they are linked: then their value is not known before the run.

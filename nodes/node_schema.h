@@ -50,6 +50,7 @@ struct InputSpec {
   std::optional<double> max = {};
   std::optional<double> step = {};
   std::vector<std::string> options = {};  // of a COMBO; empty: the host decides (file lists)
+  bool names_file = false;  // of a STRING: whoever runs the node fills in %Node.widget%
 };
 
 struct OutputSpec {

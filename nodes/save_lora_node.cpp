@@ -29,8 +29,11 @@ const NodeSchema& SaveLoraNode::schema() const {
               {.id = "filename_prefix",
                .display_name = "filename prefix",
                .type = socket::kString,
-               .tooltip = "File name within ComfyUI's output folder; a number is added.",
-               .default_value = std::string("loras/forget")},
+               .tooltip =
+                   "File name within ComfyUI's output folder; a number is added. As in ComfyUI, "
+                   "%date:yyyy-MM-dd% and %Node.widget% are filled in.",
+               .default_value = std::string("loras/forget"),
+               .names_file = true},
           },
       .outputs = {{"report", "report", socket::kString, "Where the file is."}},
   };
@@ -39,15 +42,15 @@ const NodeSchema& SaveLoraNode::schema() const {
 
 void SaveLoraNode::validate(const NodeInputs& constants) const {
   if (constants.has("filename_prefix")) {
-    numbered_path(output_folder_, constants.string("filename_prefix"), ".safetensors");
+    check_prefix(output_folder_, constants.string("filename_prefix"), ".safetensors");
   }
 }
 
 NodeResult SaveLoraNode::run(const NodeInputs& inputs, Progress& progress) {
   progress.check();
-  const std::string path =
-      numbered_path(output_folder_, inputs.string("filename_prefix"), ".safetensors");
-  save_safetensors({*inputs.get<std::shared_ptr<const LoraTensors>>("lora"), {}}, path);
+  OutputFile out = numbered_file(output_folder_, inputs.string("filename_prefix"), ".safetensors");
+  write_safetensors({*inputs.get<std::shared_ptr<const LoraTensors>>("lora"), {}}, out);
+  const std::string path = out.commit();
   const std::string report = "Saved " + path;
   return {.outputs = {report}, .files = {path}, .text = {report}};
 }

@@ -21,7 +21,8 @@ namespace lacuna {
 namespace py = pybind11;
 namespace {
 
-// The node types and their caches, one object per host process.
+// The node types and their caches, one object per host process. Nodes run without the GIL, so that
+// several threads may be in here at once: see KeptState.
 class NodePack {
  public:
   NodePack(const std::string& output_folder, const std::string& input_folder)
@@ -39,9 +40,10 @@ class NodePack {
     return node.outside_state(read_constants(node.schema(), constants));
   }
 
-  py::list run(const std::string& id, const py::dict& values, py::object host_progress) {
+  py::list run(const std::string& id, const py::dict& values, py::object host_progress,
+               const WidgetTexts& widgets) {
     Node& node = registry_.at(id);
-    const NodeInputs inputs = read_inputs(node.schema(), values);
+    const NodeInputs inputs = read_inputs(node.schema(), values, {}, widgets);
     const std::shared_ptr<Progress> progress = wrap_progress(std::move(host_progress));
     NodeResult result;
     {
@@ -88,7 +90,8 @@ class NodePack {
   }
 
   static NodeInputs read_inputs(const NodeSchema& schema, const py::dict& values,
-                                const std::set<std::string>& linked = {}) {
+                                const std::set<std::string>& linked = {},
+                                const WidgetTexts& widgets = {}) {
     std::map<std::string, Value> inputs;
     for (const auto& [key, object] : values) {
       const auto id = key.cast<std::string>();
@@ -97,6 +100,7 @@ class NodePack {
       if (input == nullptr) throw Error(schema.display_name + ": unknown input '" + id + "'");
       inputs[id] = to_value(*input, object);
     }
+    fill_in_widgets(schema, inputs, widgets);
     return NodeInputs(schema, std::move(inputs), linked);
   }
 
@@ -165,7 +169,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def("outside_state", &NodePack::outside_state, py::arg("node_id"), py::arg("constants"),
            "What the result depends on besides inputs, e.g. the date of a file.")
       .def("run", &NodePack::run, py::arg("node_id"), py::arg("inputs"),
-           py::arg("progress") = py::none(), "Runs one node; returns its outputs in schema order.")
+           py::arg("progress") = py::none(), py::arg("widgets") = WidgetTexts(),
+           "Runs one node; returns its outputs in schema order. widgets: values by 'Node.widget', "
+           "for names of files.")
       .def_static("run_workflow", &NodePack::run_workflow, py::arg("workflow_json"),
                   py::arg("host"), py::arg("progress") = py::none(),
                   "Runs an API-format workflow headless; returns files and text by node id.");

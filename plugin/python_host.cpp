@@ -83,6 +83,9 @@ class PythonTextEncoder final : public TextEncoder {
   int64_t width() override { return handle_.attribute<int64_t>("width"); }
   int64_t window() override { return handle_.attribute<int64_t>("window"); }
   std::string fingerprint() override { return handle_.attribute<std::string>("fingerprint"); }
+  WeightSamples weight_samples() override {
+    return handle_.attribute<WeightSamples>("weight_samples");
+  }
   std::string cache_directory() override {
     return handle_.attribute<std::string>("cache_directory");
   }
@@ -91,6 +94,9 @@ class PythonTextEncoder final : public TextEncoder {
   }
   at::Tensor encode(const std::vector<std::string>& prompts) override {
     return handle_.call<at::Tensor>("encode", prompts);
+  }
+  at::Tensor encode_start(const std::vector<std::string>& prompts, int64_t length) override {
+    return handle_.call<at::Tensor>("encode_start", prompts, length);
   }
   TextEmbedding embed(const std::vector<std::string>& prompts) override {
     py::gil_scoped_acquire gil;
@@ -108,6 +114,9 @@ class PythonDenoiser final : public Denoiser {
   explicit PythonDenoiser(py::object object) : handle_(std::move(object)) {}
   std::string family() override { return handle_.attribute<std::string>("family"); }
   std::string fingerprint() override { return handle_.attribute<std::string>("fingerprint"); }
+  WeightSamples weight_samples() override {
+    return handle_.attribute<WeightSamples>("weight_samples");
+  }
   bool patchable() override { return handle_.attribute<bool>("patchable"); }
 
   std::vector<AttentionProjection> cross_attention() override {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m lacuna`, or `python -m python_shim` in a checkout."""
+"""`python -m lacuna_erasure`, or `python -m python_shim` in a checkout."""
 
 import sys
 

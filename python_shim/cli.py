@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import io
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .errors import HostError
+from .errors import HostError, brief, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -75,27 +77,32 @@ class ProgressLine:
 
 
 def read_workflow(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise HostError(f"There is no workflow file {path}.") from None
-    except UnicodeDecodeError:
-        raise HostError(f"{path} is not a text file; a workflow is JSON.") from None
+    """Its nodes by id: each has a class_type, inputs and, in _meta, perhaps a title."""
+    text = read_text(path, missing="There is no workflow file {}.")
     try:
         workflow = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise HostError(f"{path} is not valid JSON ({error}).") from None
+        raise HostError(f"{path} is not valid JSON ({brief(error)}).") from None
     if isinstance(workflow, dict) and isinstance(workflow.get("nodes"), list):
         raise HostError(
             f"{path} is in ComfyUI's save format; export the workflow with File > Export (API) "
             "and run that file."
         )
     nodes = workflow.values() if isinstance(workflow, dict) else []
-    if not nodes or not all(isinstance(node, dict) and "class_type" in node for node in nodes):
+    if not nodes or not all(map(_is_node, nodes)):
         raise HostError(
             f"{path} is not a workflow in ComfyUI's API format; export it with File > Export (API)."
         )
     return workflow
+
+
+def _is_node(node: object) -> bool:
+    return (
+        isinstance(node, dict)
+        and isinstance(node.get("class_type"), str)
+        and isinstance(node.get("inputs", {}), dict)
+        and isinstance(node.get("_meta", {}), dict)
+    )
 
 
 def apply_setting(workflow: dict[str, Any], setting: str) -> None:
@@ -118,6 +125,8 @@ def apply_setting(workflow: dict[str, Any], setting: str) -> None:
         raise HostError(
             f'The input "{key}" of node {name} is linked to another node, so that it cannot be set.'
         )
+    if not isinstance(inputs[key], str | int | float):
+        raise HostError(f'The input "{key}" of node {name} holds no text and no number to set.')
     inputs[key] = _convert(text, inputs[key], target)
 
 
@@ -127,7 +136,7 @@ def _find_node(workflow: dict[str, Any], name: str) -> str:
     matches = [
         node_id
         for node_id, node in workflow.items()
-        if name in (node["class_type"], (node.get("_meta") or {}).get("title"))
+        if name in (node["class_type"], node.get("_meta", {}).get("title"))
     ]
     if len(matches) == 1:
         return matches[0]
@@ -143,12 +152,15 @@ def _convert(text: str, present: object, target: str) -> object:
     try:
         if isinstance(present, bool):
             return {"true": True, "false": False}[text.lower()]
-        return (
+        number = (
             int(text) if isinstance(present, int) and text.lstrip("+-").isdigit() else float(text)
         )
-    except (KeyError, ValueError):
+        if math.isfinite(number):
+            return number
+        raise ValueError
+    except (KeyError, ValueError, OverflowError):
         kind = "true or false" if isinstance(present, bool) else "a number"
-        raise HostError(f'{target} needs {kind}, not "{text}".') from None
+        raise HostError(f'{target} needs {kind}, not "{brief(text)}".') from None
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -162,7 +174,7 @@ def _run(options: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a model hub
     from .diffusers_host import DiffusersHost
 
-    options.output.mkdir(parents=True, exist_ok=True)
+    _make_folder(options.output)
     host = DiffusersHost(
         options.checkpoint,
         output_directory=options.output,
@@ -192,7 +204,7 @@ def _print_results(results: dict[str, dict[str, list[str]]], stream: TextIO) -> 
 
 def _evaluate(options: argparse.Namespace) -> int:
     """Base and edited model side by side: report.html, report.json and the sheet as pictures."""
-    concept_text = _read_text(options.concepts)
+    concept_text = read_text(options.concepts)
     prompt_file = Path(options.prompt_file)
     from . import loader
     from .detector import load_detector
@@ -202,7 +214,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     pack = native.NodePack(str(options.output), str(prompt_file.parent))
     inputs = {"concepts": concept_text, "kind": options.kind}
     if options.preserve:
-        inputs["preserve"] = _read_text(options.preserve)
+        inputs["preserve"] = read_text(options.preserve)
     concepts = pack.run("LacunaConceptSet", inputs)[0]
     widgets = {item["id"]: getattr(options, item["id"]) for item in _widgets(_EVALUATE)}
     widgets["prompt_file"] = prompt_file.name
@@ -217,22 +229,23 @@ def _evaluate(options: argparse.Namespace) -> int:
         lora_directory=options.lora.parent if options.lora else None,
         device=options.device,
     )
+    edited_host = None if options.lora else DiffusersHost(options.edited, device=options.device)
     base, clip, vae = base_host.load_checkpoint("")
-    if options.lora:
+    if edited_host is None:
         edited = base_host.load_lora(base, options.lora.name, options.strength)
     else:
-        edited = DiffusersHost(options.edited, device=options.device).load_checkpoint("")[0]
+        edited = edited_host.load_checkpoint("")[0]
     links = {
         "base_model": base, "erased_model": edited, "clip": clip, "vae": vae, "concepts": concepts,
         "detector": detector,
     }  # fmt: skip
+    _make_folder(options.output)
     progress = ProgressLine(sys.stderr)
     try:
         sheet, report, *_, verdict, harder = pack.run(_EVALUATE, links | widgets, progress)
     finally:
         progress.clear()
 
-    options.output.mkdir(parents=True, exist_ok=True)
     pages = [options.output / f"sheet_{number}.png" for number in range(1, len(sheet) + 1)]
     for page, path in zip(sheet, pages, strict=True):
         native.save_png(page, str(path))
@@ -257,13 +270,14 @@ def _widgets(node: str) -> list[dict[str, Any]]:
     return [item for item in schema["inputs"] if "default" in item]
 
 
-def _read_text(path: Path) -> str:
+def _make_folder(path: Path) -> None:
+    """Before the work whose results go there."""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise HostError(f"There is no file {path}.") from None
-    except UnicodeDecodeError:
-        raise HostError(f"{path} is not a text file in UTF-8.") from None
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise HostError(f"{path} is a file; give a folder for --output.") from None
+    except (OSError, ValueError) as error:
+        raise HostError(f"The folder {brief(path)} cannot be made ({brief(error)}).") from None
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -282,6 +296,25 @@ def _version(options: argparse.Namespace) -> int:
     native = loader.load()
     sys.stdout.write(f"lacuna {native.__version__} (torch {torch.__version__}, Python {python})\n")
     return OK
+
+
+def _integer(text: str) -> int:
+    """What fits a widget: seeds use all of 64 bits."""
+    number = int(text)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError
+    return number
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+# What argparse says of a value that one of them refuses: invalid integer value.
+_integer.__name__, _finite.__name__ = "integer", "number"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -328,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--lora", type=Path, metavar="FILE", help="the edit as a LoRA file")
     edit.add_argument("--edited", type=Path, metavar="PATH", help="the model after the edit")
     evaluate.add_argument(
-        "--strength", type=float, default=1.0, metavar="NUMBER", help="of --lora (1)"
+        "--strength", type=_finite, default=1.0, metavar="NUMBER", help="of --lora (1)"
     )
     evaluate.add_argument(
         "--concepts", type=Path, required=True, metavar="FILE",
@@ -346,7 +379,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a classifier with score(images, names); without one the base model is the judge",
     )  # fmt: skip
     for item in _widgets(_EVALUATE):
-        kinds = {"INT": int, "FLOAT": float}
+        kinds = {"INT": _integer, "FLOAT": _finite}
         evaluate.add_argument(
             "--" + item["id"].replace("_", "-"),
             type=kinds.get(item["type"], lambda text: text.replace("\\n", "\n")),
@@ -381,6 +414,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     # Python's last collection over all loaded libraries would take longer than some runs do.
     atexit.register(gc.freeze)
+    for stream in (sys.stdout, sys.stderr):  # file names need not be valid text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     for chatty in ("httpx", "urllib3", "filelock", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -400,6 +436,8 @@ def _complain(sentence: str) -> None:
 
 
 def _sentence(error: Exception) -> str:
+    import torch
+
     from .loader import NativeUnavailable
 
     if isinstance(error, HostError | NativeUnavailable) or type(error).__name__ == "LacunaError":
@@ -408,10 +446,17 @@ def _sentence(error: Exception) -> str:
         "diffusers",
         "transformers",
         "safetensors",
+        "tokenizers",
     ):
         return (
-            f'The headless host needs {error.name}: install it with pip install "lacuna[headless]".'
+            f"The headless host needs {error.name}: run "
+            f"`{sys.executable} -m pip install diffusers transformers safetensors pillow`."
+        )
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "CPUAllocator" in str(error):
+        return (
+            "There is not enough memory: use fewer or smaller pictures, or --device cpu "
+            f"({brief(error)})."
         )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'A file'}: {error.strerror}."
-    return f"Unexpected {type(error).__name__}: {error} (run again with --debug for details)"
+    return f"Unexpected {type(error).__name__}: {brief(error)} (run again with --debug for details)"

@@ -16,7 +16,8 @@ import re
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -26,9 +27,17 @@ import comfy.patcher_extension
 import comfy.utils
 import folder_paths
 import torch
+from comfy.clip_model import CLIPEncoder
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.model_base import SDXL, SDXLRefiner, Stable_Zero123, SVD_img2vid
+from comfy.model_base import (
+    SDXL,
+    Lotus,
+    SD_X4Upscaler,
+    SDXLRefiner,
+    Stable_Zero123,
+    SVD_img2vid,
+)
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from PIL import Image
 from server import PromptServer
@@ -42,7 +51,7 @@ from .autograd import (
 )
 from .detector import SafeDetector
 from .errors import HostError
-from .fingerprint import fingerprint
+from .fingerprint import Identity, fingerprint, identify
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +68,12 @@ _CROSS_ATTENTION = re.compile(
 _PIXELS_PER_LATENT = 8
 _TRAINING_STEPS = 1000
 _READ_AN_IMAGE = (SVD_img2vid, Stable_Zero123)  # instead of a text, in their cross-attention
+# Draw nothing without a picture to begin with, so that there is nothing to train on or to judge.
+_BEGIN_WITH_A_PICTURE = {
+    SDXLRefiner: "an SDXL refiner, which only finishes what the base model has begun",
+    SD_X4Upscaler: "an upscaler",
+    Lotus: "an estimator of depth or normals",
+}
 _NOT_THE_TEXT_TRANSFORMER = ("text_projection", "logit_scale", "position_ids")
 _PLAIN_DTYPES = {
     torch.float64,
@@ -69,15 +84,15 @@ _PLAIN_DTYPES = {
 }
 
 # Hashing weights takes a second; a loaded model never changes its base weights.
-_fingerprints: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+_identities: weakref.WeakKeyDictionary[torch.nn.Module, Identity] = weakref.WeakKeyDictionary()
 
 
-def _base_fingerprint(
-    module: torch.nn.Module, base_weights: Callable[[], Iterable[torch.Tensor]]
-) -> str:
-    if module not in _fingerprints:
-        _fingerprints[module] = fingerprint(base_weights())
-    return _fingerprints[module]
+def _base_identity(
+    module: torch.nn.Module, base_weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]
+) -> Identity:
+    if module not in _identities:
+        _identities[module] = identify(base_weights())
+    return _identities[module]
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
@@ -134,7 +149,7 @@ class ComfyTextEncoder:
     @cached_property
     def fingerprint(self) -> str:
         patcher = self._clip.patcher
-        base = _base_fingerprint(patcher.model, self._base_weights)
+        base = self._identity.fingerprint
         if self._clip.layer_idx is None and not patcher.patches:
             return base
         try:
@@ -145,14 +160,23 @@ class ComfyTextEncoder:
         state = hashlib.sha256(f"{self._clip.layer_idx} {patches}".encode()).hexdigest()
         return f"{base}-{state[:16]}"
 
-    def _base_weights(self) -> list[torch.Tensor]:
-        patches = self._clip.patcher.get_key_patches()
-        return [
-            _converted(*entry[0]) if _is_plain(entry[0][0]) else entry[0][0].dequantize()
-            for key, entry in patches.items()
-            if entry[0][0].is_floating_point()
-            and not any(part in key for part in _NOT_THE_TEXT_TRANSFORMER)
-        ]
+    @property
+    def weight_samples(self) -> dict[str, list[float]]:
+        return self._identity.samples
+
+    @property
+    def _identity(self) -> Identity:
+        return _base_identity(self._clip.patcher.model, self._base_weights)
+
+    def _base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for key, entry in self._clip.patcher.get_key_patches().items():
+            weight = entry[0][0]
+            if not weight.is_floating_point() or any(
+                part in key for part in _NOT_THE_TEXT_TRANSFORMER
+            ):
+                continue
+            name = key.replace(".transformer.text_model.", ".")
+            yield name, _converted(*entry[0]) if _is_plain(weight) else weight.dequantize()
 
     def _chunks(self, text: str) -> dict[str, list[list[tuple[Any, ...]]]]:
         if "embedding:" in text:
@@ -176,12 +200,11 @@ class ComfyTextEncoder:
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         if not prompts:
             return torch.zeros(0, self.window, self.width)
-        # The host encodes the 77-token chunks of a prompt as independent rows: a batch for us.
-        batch: dict[str, list[Any]] = {}
-        for prompt in prompts:
-            for name, chunk in self._first_chunks(prompt).items():
-                batch.setdefault(name, []).append(chunk)
-        return self._encode(batch, len(prompts))[0]
+        return self._encode(self._batch(prompts), len(prompts))
+
+    def encode_start(self, prompts: Sequence[str], length: int) -> torch.Tensor:
+        with _cut(self._clip.cond_stage_model, length, self.window):
+            return self.encode(prompts)[:, :length]
 
     def embed(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Of the encoders known here only SDXL's large one has a pooled vector that is used.
@@ -189,13 +212,25 @@ class ComfyTextEncoder:
             return self.encode(prompts), None
         if not prompts:
             return self.encode(prompts), torch.zeros(0, self.embed([""])[1].shape[-1])
-        # One by one: of a batch, the host keeps the pooled vector of the first row only.
-        one_by_one = [
-            self._encode({name: [chunk] for name, chunk in self._first_chunks(prompt).items()}, 1)
-            for prompt in prompts
-        ]
-        context, pooled = zip(*one_by_one, strict=True)
-        return torch.cat(context), torch.cat(pooled)
+        # Of a batch, the host returns the pooled vector of the first row only.
+        seen: list[torch.Tensor] = []
+        hook = self._clip.cond_stage_model.clip_g.register_forward_hook(
+            lambda _module, _inputs, outputs: seen.append(outputs[1])
+        )
+        try:
+            context = self.encode(prompts)
+        finally:
+            hook.remove()
+        pooled = seen[0].to(context.device)
+        return context, leave_inference_mode(pooled).float()
+
+    def _batch(self, prompts: Sequence[str]) -> dict[str, list[Any]]:
+        # The host encodes the 77-token chunks of a prompt as independent rows: a batch for us.
+        batch: dict[str, list[Any]] = {}
+        for prompt in prompts:
+            for name, chunk in self._first_chunks(prompt).items():
+                batch.setdefault(name, []).append(chunk)
+        return batch
 
     def _first_chunks(self, prompt: str) -> dict[str, Any]:
         chunks = self._chunks(prompt)
@@ -203,11 +238,9 @@ class ComfyTextEncoder:
             log.warning("A prompt is cut to the text encoder's window: %s", prompt)
         return {name: rows[0] for name, rows in chunks.items()}
 
-    def _encode(
-        self, batch: dict[str, list[Any]], count: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _encode(self, batch: dict[str, list[Any]], count: int) -> torch.Tensor:
         with torch.inference_mode():
-            encoded, pooled = self._clip.encode_from_tokens(batch, return_pooled=True)
+            encoded = self._clip.encode_from_tokens(batch)
         expected = count * self.window
         if encoded.dim() != 3 or encoded.shape[0] != 1 or encoded.shape[1] != expected:
             kind = type(self._clip.cond_stage_model).__name__
@@ -216,8 +249,41 @@ class ComfyTextEncoder:
                 "SDXL checkpoint."
             )
         encoded = leave_inference_mode(encoded)
-        rows = encoded.reshape(count, self.window, encoded.shape[-1]).float()
-        return rows, None if pooled is None else leave_inference_mode(pooled).float()
+        return encoded.reshape(count, self.window, encoded.shape[-1]).float()
+
+
+@contextmanager
+def _cut(text_encoder: torch.nn.Module, length: int, window: int) -> Iterator[None]:
+    """CLIP computes the first positions only, which do not depend on the others; zeros behind."""
+
+    def shorten(
+        _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]
+    ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        mask = options.get("mask")
+        if mask is not None:
+            options = {**options, "mask": mask[..., :length, :length]}
+        return (inputs[0][:, :length], *inputs[1:]), options
+
+    def fill(
+        _module: torch.nn.Module,
+        _inputs: tuple[torch.Tensor, ...],
+        outputs: tuple[torch.Tensor | None, ...],
+    ) -> tuple[torch.Tensor | None, ...]:
+        missing = (0, 0, 0, window - length)
+        return tuple(
+            None if rows is None else torch.nn.functional.pad(rows, missing) for rows in outputs
+        )
+
+    encoders = [m for m in text_encoder.modules() if isinstance(m, CLIPEncoder)]
+    hooks = []
+    try:
+        for encoder in encoders:
+            hooks.append(encoder.register_forward_pre_hook(shorten, with_kwargs=True))
+            hooks.append(encoder.register_forward_hook(fill))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class ComfyDenoiser:
@@ -259,13 +325,22 @@ class ComfyDenoiser:
     def patchable(self) -> bool:
         return all(_is_plain(self._patches(name)[0][0]) for name in self._names)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        def base_weights() -> list[torch.Tensor]:
-            stored = [(name, self._patches(name)[0]) for name in self._names]
-            return [_converted(*w) if _is_plain(w[0]) else self._probe(name) for name, w in stored]
+        return self._identity.fingerprint
 
-        return _base_fingerprint(self.patcher.model, base_weights)
+    @property
+    def weight_samples(self) -> dict[str, list[float]]:
+        return self._identity.samples
+
+    @property
+    def _identity(self) -> Identity:
+        return _base_identity(self.patcher.model, self._base_weights)
+
+    def _base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, lora_name, _ in self.cross_attention():
+            stored = self._patches(name)[0]
+            yield lora_name, _converted(*stored) if _is_plain(stored[0]) else self._probe(name)
 
     def _patches(self, name: str) -> list[Any]:
         """[(pristine weight, conversion to numbers), patch, ...], loaded or not."""
@@ -346,8 +421,30 @@ class ComfyDenoiser:
             return levels.clone()
 
     def latent_shape(self, width: int, height: int) -> list[int]:
+        self._check_draws_from_text()
         channels = self.patcher.model.latent_format.latent_channels
         return [channels, height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT]
+
+    def _check_draws_from_text(self) -> None:
+        model = self.patcher.model
+        for kind, what in _BEGIN_WITH_A_PICTURE.items():
+            if isinstance(model, kind):
+                raise HostError(
+                    f"This MODEL is {what}, and cannot draw from a text alone: connect a MODEL "
+                    "that can (Attention Refine edits this one, too)."
+                )
+        if not isinstance(model.diffusion_model, UNetModel):
+            return
+        channels = model.latent_format.latent_channels
+        latent = torch.zeros(1, channels, 8, 8)
+        told = model.concat_cond(**_neutral_picture(latent))
+        given = channels + (0 if told is None else told.shape[1])
+        wanted = model.diffusion_model.in_channels
+        if given != wanted:
+            raise HostError(
+                f"This MODEL reads {wanted} channels and ComfyUI gives it {given}, so that it "
+                "cannot draw: connect a MODEL that KSampler can draw with."
+            )
 
     def to_host_latent(self, latent: torch.Tensor) -> torch.Tensor:
         return self.patcher.model.process_latent_out(latent)
@@ -425,7 +522,9 @@ class ComfyDenoiser:
             for kind, keyed in merge(options.get("wrappers", {}), runner.wrappers).items()
         }
         options.update(cond_or_uncond=[0], uuids=[uuid.uuid4()], sigmas=sigma)
-        if train:  # the faster kinds have no backward pass
+        # In training because other kinds have no backward pass; on a CPU because the host's choice
+        # there takes twice as long for pictures of 512 pixels.
+        if train or sigma.device.type == "cpu":
             options["optimized_attention_override"] = _plain_attention
         return options
 
@@ -500,8 +599,7 @@ def _conditions(
     told = model.extra_conds(
         cross_attn=context,
         pooled_output=None if pooled is None else leave_inference_mode(pooled.to(latent.device)),
-        noise=latent,
-        device=latent.device,
+        **_neutral_picture(latent),
         width=width * _PIXELS_PER_LATENT,
         height=height * _PIXELS_PER_LATENT,
     )
@@ -512,6 +610,19 @@ def _conditions(
     return {
         name: keep_gradient(value) if isinstance(value, torch.Tensor) else value
         for name, value in processed.items()
+    }
+
+
+def _neutral_picture(latent: torch.Tensor) -> dict[str, Any]:
+    """What the sampler knows of an empty latent: models that also read a picture (inpainting,
+    instruct-pix2pix, unCLIP) then put their own blank in its place."""
+    return {
+        "noise": latent,
+        "latent_image": torch.zeros_like(latent),
+        "denoise_mask": None,
+        "seed": 0,
+        "device": latent.device,
+        "prompt_type": "positive",
     }
 
 

@@ -103,6 +103,8 @@ def _schema(spec: JSON) -> io.Schema:
         "outputs": [_output(item) for item in spec["outputs"]],
         "hidden": [io.Hidden.unique_id],
     }
+    if spec["output_node"]:
+        values["hidden"] += [io.Hidden.prompt, io.Hidden.extra_pnginfo]
     return io.Schema(**_known(io.Schema, values))
 
 
@@ -131,6 +133,32 @@ def _file_state(spec: JSON) -> classmethod:
     return classmethod(fingerprint_inputs)
 
 
+def _widget_texts(hidden: Any) -> dict[str, str]:
+    """What %Node.widget% in the name of a file stands for; the page fills it in for ComfyUI's own
+    savers only. A node goes by its "name for search and replace", else by its title."""
+    prompt = hidden.prompt or {}
+    page = (hidden.extra_pnginfo or {}).get("workflow") or {}
+    renamed = {
+        str(node.get("id")): (node.get("properties") or {}).get("Node name for S&R")
+        for node in page.get("nodes") or []
+    }
+    names = [{key: renamed.get(key) or node["class_type"] for key, node in prompt.items()}]
+    names.append({key: (node.get("_meta") or {}).get("title") for key, node in prompt.items()})
+    texts: dict[str, str] = {}
+    for name_of in names:
+        for key, node in prompt.items():
+            for widget, value in node.get("inputs", {}).items():
+                if isinstance(value, str | int | float):  # what is linked is not known here
+                    texts.setdefault(f"{name_of[key]}.{widget}", _as_the_page_writes(value))
+    return texts
+
+
+def _as_the_page_writes(value: str | float | bool) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
 def _executor(spec: JSON) -> classmethod:
     input_types = {item["id"]: item["type"] for item in spec["inputs"]}
 
@@ -141,7 +169,8 @@ def _executor(spec: JSON) -> classmethod:
             if value is not None
         }
         progress = comfyui_host.ComfyProgress(cls.hidden.unique_id)
-        results = _pack().run(spec["id"], inputs, progress)
+        widgets = _widget_texts(cls.hidden) if spec["output_node"] else {}
+        results = _pack().run(spec["id"], inputs, progress, widgets)
         adapted, shown = [], {}
         for item, result in zip(spec["outputs"], results, strict=True):
             if item["id"] == "report":

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .errors import HostError
+from .errors import HostError, brief
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +78,9 @@ def load_detector(place: str) -> SafeDetector:
         return SafeDetector(detector() if isinstance(detector, type) else detector)
     except HostError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end the process
         raise HostError(
-            f"The detector {place} cannot be loaded: {type(error).__name__}: {error}"
+            f"The detector {place} cannot be loaded: {type(error).__name__}: {brief(error)}"
         ) from error
 
 

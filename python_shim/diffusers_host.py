@@ -22,8 +22,8 @@ from .autograd import (
     leave_inference_mode,
     usable_for_autograd,
 )
-from .errors import HostError
-from .fingerprint import fingerprint
+from .errors import HostError, brief
+from .fingerprint import Identity, identify
 from .lora_file import Delta
 from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
 
@@ -45,17 +45,29 @@ class DiffusersTextEncoder:
         self.window: int = self._model.config.max_position_embeddings
         self.cache_directory = cache_directory
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        return fingerprint(self._weights)
+        return self._identity.fingerprint
+
+    @property
+    def weight_samples(self) -> dict[str, list[float]]:
+        return self._identity.samples
+
+    @cached_property
+    def _identity(self) -> Identity:
+        return identify((f"clip_l.{name}", weight) for name, weight in self._weights.items())
 
     def tokenize(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        return self.encode_start(prompts, self.window)
+
+    def encode_start(self, prompts: Sequence[str], length: int) -> torch.Tensor:
+        """The first positions, which do not depend on the ones behind."""
         if not prompts:
-            return torch.zeros(0, self.window, self.width)
-        rows = [self._window(self.tokenize(prompt)) for prompt in prompts]
+            return torch.zeros(0, length, self.width)
+        rows = [self._window(self.tokenize(prompt))[:length] for prompt in prompts]
         ids = torch.tensor(rows, device=next(self._model.parameters()).device)
         with torch.no_grad():
             return self._model(input_ids=ids).last_hidden_state.float().cpu()
@@ -174,8 +186,8 @@ class _SharedUNet:
                 self.layers[name.removesuffix(".to_k.weight")] = module
 
     @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.weights[name] for name, _, _ in self.cross_attention)
+    def identity(self) -> Identity:
+        return identify((lora, self.weights[name]) for name, lora, _ in self.cross_attention)
 
 
 @dataclass(frozen=True)
@@ -191,7 +203,11 @@ class DiffusersDenoiser:
 
     @property
     def fingerprint(self) -> str:
-        return self._base.fingerprint
+        return self._base.identity.fingerprint
+
+    @property
+    def weight_samples(self) -> dict[str, list[float]]:
+        return self._base.identity.samples
 
     def cross_attention(self) -> list[tuple[str, str, str]]:
         return list(self._base.cross_attention)
@@ -495,19 +511,19 @@ class DiffusersHost:
         cache_directory: str | Path | None = None,
         device: str = "cpu",
     ) -> None:
-        self._checkpoint = Path(checkpoint).expanduser()
+        self._checkpoint = _path(checkpoint)
         if not self._checkpoint.exists():
             raise HostError(
                 f"There is no checkpoint {self._checkpoint}; give a .safetensors file or a folder."
             )
-        self._lora_directory = None if lora_directory is None else Path(lora_directory).expanduser()
+        self._lora_directory = None if lora_directory is None else _path(lora_directory)
         self._device = _device(device)
         self._loaded: dict[
             Path, tuple[DiffusersDenoiser, DiffusersTextEncoder, DiffusersImageDecoder]
         ] = {}
-        self.output_directory = str(Path(output_directory).expanduser())
+        self.output_directory = str(_path(output_directory))
         self.cache_directory = str(
-            _default_cache() if cache_directory is None else Path(cache_directory).expanduser()
+            _default_cache() if cache_directory is None else _path(cache_directory)
         )
 
     def load_checkpoint(
@@ -541,8 +557,20 @@ class DiffusersHost:
         return _inside(self._checkpoint, name)
 
 
+def _path(name: str | Path) -> Path:
+    """With ~ expanded; refuses what no file system takes."""
+    try:
+        path = Path(name).expanduser()
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:
+        raise HostError(f"{brief(name)} cannot be used as a path ({brief(error)}).") from error
+    return path
+
+
 def _inside(folder: Path, name: str) -> Path:
-    path = folder / name.replace("\\", "/")  # workflows saved on Windows
+    path = _path(folder / name.replace("\\", "/"))  # workflows saved on Windows
     if not path.resolve().is_relative_to(folder.resolve()):
         raise HostError(f'"{name}" points outside the folder {folder}.')
     if not name or not path.exists():

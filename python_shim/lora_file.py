@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .errors import HostError
-from .sd1_checkpoint import is_finite, read_safetensors
+from .sd1_checkpoint import is_finite, read_safetensors, to_float
 
 # A change of one weight matrix: (name, up [out, r], down [r, in]) or (name, difference, None)
 Delta = tuple[str, torch.Tensor, torch.Tensor | None]
@@ -50,7 +50,11 @@ def read_lora(
         if weight is None:
             unmatched.append(key)
         else:
-            modules.setdefault(weight, {})[suffix] = value.float()
+            if value.numel() == 0:
+                raise HostError(
+                    f"{path.name}: {key} is empty, a LoRA of rank 0; train or save it again."
+                )
+            modules.setdefault(weight, {})[suffix] = to_float(value, key, path)
     if unmatched:
         more = f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else ""
         raise HostError(

@@ -9,17 +9,17 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from . import clip_bpe, sd1_names
-from .errors import HostError
+from .errors import HostError, brief, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONTEXT_WIDTH = 768
+WINDOW = 77  # positions of the text encoder
 LATENT_CHANNELS = 4
 PIXELS_PER_LATENT = 8
 LATENT_SCALE = 0.18215  # what SD1.x latents are multiplied by before the UNet sees them
@@ -49,7 +50,7 @@ class SD1Checkpoint:
     unet: torch.nn.Module
     unet_names: dict[str, str]  # diffusers parameter name -> LDM name without prefix
     text_model: CLIPTextModel
-    text_weights: list[torch.Tensor]  # every parameter of the text transformer, for the fingerprint
+    text_weights: Weights  # every parameter of the text transformer, for the fingerprint
     tokenizer: Tokenizer
     vae: VAE
 
@@ -73,11 +74,26 @@ def read_safetensors(path: Path) -> Weights:
         )
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # torch has many names for a shape or type that cannot be
         raise HostError(
-            f"{path.name} cannot be read as safetensors: it is damaged or was cut short ({error}); "
-            "download it again."
+            f"{path.name} cannot be read as safetensors: it is damaged or was cut short "
+            f"({brief(error)}); download it again."
         ) from error
+
+
+def to_float(value: torch.Tensor, key: str, path: Path) -> torch.Tensor:
+    """float32; refuses packed types, which are no numbers before a scale is applied."""
+    if value.is_floating_point():
+        try:
+            return value.to(torch.float32)
+        except (NotImplementedError, RuntimeError):  # float4 and what comes next
+            pass
+    raise HostError(
+        f"{path.name}: {key} is stored as packed {value.dtype} numbers; "
+        "use an unquantised file (float16, bfloat16 or float32)."
+    )
 
 
 def is_finite(values: torch.Tensor) -> bool:
@@ -92,12 +108,7 @@ def _floats(tensors: Mapping[str, torch.Tensor], part: str, path: Path) -> Weigh
     """float32 copies; refuses packed integers, NaN and infinity."""
     out: Weights = {}
     for key, value in tensors.items():
-        if not value.is_floating_point():
-            raise HostError(
-                f"{path.name}: the {part} is stored as packed {value.dtype} numbers ({key}); "
-                "use an unquantised file (float16, bfloat16 or float32)."
-            )
-        out[key] = value.to(torch.float32)
+        out[key] = to_float(value, f"{key} of the {part}", path)
         if not is_finite(out[key]):
             raise HostError(
                 f"{path.name}: the {part} holds NaN or infinite weights ({key}), so that every "
@@ -119,8 +130,13 @@ def _build(
     factory: Callable[[], torch.nn.Module], weights: Weights, part: str, path: Path
 ) -> torch.nn.Module:
     """The module with exactly these weights; its own initialisation is skipped."""
-    with torch.device("meta"):
-        module = factory()
+    try:
+        with torch.device("meta"):
+            module = factory()
+    except Exception as error:  # channels that no layer can have
+        raise HostError(
+            f"{path.name}: the {part} has shapes that no SD1.x {part} has ({brief(error)})."
+        ) from error
     expected = module.state_dict()
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     if missing or unexpected:
@@ -186,7 +202,8 @@ def _channels_in(weight: torch.Tensor | None) -> int | None:
 
 
 def _context_width(tensors: Mapping[str, torch.Tensor]) -> int | None:
-    return next((v.shape[-1] for k, v in tensors.items() if k.endswith("attn2.to_k.weight")), None)
+    keys = (v for k, v in tensors.items() if k.endswith("attn2.to_k.weight") and v.dim() > 0)
+    return next((key.shape[-1] for key in keys), None)
 
 
 def _refuse_wrong_unet(in_channels: int | None, context: int | None, path: Path) -> None:
@@ -216,7 +233,7 @@ def unet_config(weights: Mapping[str, torch.Tensor], path: Path) -> dict:
     channels = []
     for level in range(levels):
         conv = weights.get(f"down_blocks.{level}.resnets.0.conv1.weight")
-        if conv is None:
+        if conv is None or conv.dim() == 0:
             raise HostError(
                 f"{path.name}: the UNet's level {level} has no residual block; "
                 "the file is incomplete."
@@ -262,7 +279,7 @@ def _build_unet(weights: Weights, path: Path) -> torch.nn.Module:
     return _build(lambda: UNet2DConditionModel(**config), weights, "UNet", path)
 
 
-def _build_text_model(weights: Weights, path: Path) -> tuple[CLIPTextModel, list[torch.Tensor]]:
+def _build_text_model(weights: Weights, path: Path) -> tuple[CLIPTextModel, Weights]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     ignored = ("embeddings.position_ids", "text_projection", "logit_scale")
@@ -274,7 +291,7 @@ def _build_text_model(weights: Weights, path: Path) -> tuple[CLIPTextModel, list
     embedding = weights.get("embeddings.token_embedding.weight")
     positions = weights.get("embeddings.position_embedding.weight")
     inner = weights.get("encoder.layers.0.mlp.fc1.weight")
-    if embedding is None or positions is None or inner is None:
+    if any(part is None or part.dim() != 2 for part in (embedding, positions, inner)):
         raise HostError(
             f"{path.name}: the CLIP text encoder is missing or incomplete; "
             "use a full SD1.x checkpoint."
@@ -284,7 +301,7 @@ def _build_text_model(weights: Weights, path: Path) -> tuple[CLIPTextModel, list
             f"{path.name}: the text encoder is {embedding.shape[1]} wide, SD1.x needs "
             f"{CONTEXT_WIDTH}; {WHAT_WORKS}."
         )
-    all_weights = list(weights.values())
+    all_weights = weights
     weights, layers = _without_identity_layers(weights, layers)
     config = CLIPTextConfig(
         vocab_size=embedding.shape[0],
@@ -309,6 +326,16 @@ def _build_text_model(weights: Weights, path: Path) -> tuple[CLIPTextModel, list
     return model, all_weights
 
 
+def _refuse_small_text_model(model: CLIPTextModel, path: Path) -> None:
+    """Every prompt is padded with the last token of the vocabulary."""
+    tokens, positions = model.config.vocab_size, model.config.max_position_embeddings
+    if tokens < clip_bpe.VOCABULARY_SIZE or positions < WINDOW:
+        raise HostError(
+            f"{path.name}: the text encoder knows {tokens} tokens and {positions} positions, SD1.x "
+            f"needs {clip_bpe.VOCABULARY_SIZE} and {WINDOW}; {WHAT_WORKS}."
+        )
+
+
 def _without_identity_layers(weights: Weights, layers: int) -> tuple[Weights, int]:
     """Drop layers whose output projections are all zero: they cost a layer and add nothing."""
 
@@ -323,10 +350,11 @@ def _without_identity_layers(weights: Weights, layers: int) -> tuple[Weights, in
 
     kept = [layer for layer in range(layers) if not is_identity(layer)] or [0]
     number = {str(old): str(new) for new, old in enumerate(kept)}
+    present = {str(layer) for layer in range(layers)}
     out: Weights = {}
     for key, value in weights.items():
         parts = key.split(".")
-        if key.startswith("encoder.layers.") and parts[2].isdigit() and int(parts[2]) < layers:
+        if key.startswith("encoder.layers.") and parts[2] in present:
             if parts[2] not in number:
                 continue
             parts[2] = number[parts[2]]
@@ -357,7 +385,7 @@ def _build_stock_vae(weights: Weights, path: Path, scale: float, device: torch.d
     names = sd1_names.vae_to_diffusers(weights)
     weights = {names[key]: value for key, value in weights.items()}
     for key, value in weights.items():  # 1x1 convolutions in LDM files, plain matrices in diffusers
-        if ".attentions." in key and value.dim() == 4:
+        if ".attentions." in key and value.shape[2:] == (1, 1):
             weights[key] = value[:, :, 0, 0]
 
     def half(name: str, at_latents: str) -> torch.nn.ModuleDict:
@@ -393,6 +421,16 @@ def _build_stock_vae(weights: Weights, path: Path, scale: float, device: torch.d
 # --------------------------------------------------------------------------- single file
 
 
+def _scalar(weights: Weights, key: str, default: float, path: Path) -> float:
+    value = weights.get(key)
+    if value is None:
+        return default
+    number = to_float(value, key, path)
+    if number.numel() != 1 or not is_finite(number):
+        raise HostError(f"{path.name}: {key} of the VAE should be one finite number.")
+    return number.item()
+
+
 def _load_single_file(path: Path, device: torch.device) -> SD1Checkpoint:
     tensors = read_safetensors(path)
     _refuse_other_families(tensors, path)
@@ -405,14 +443,12 @@ def _load_single_file(path: Path, device: torch.device) -> SD1Checkpoint:
     for prefix in sd1_names.TEXT_PREFIXES:
         text = text or _select(tensors, prefix)
     text_model, text_weights = _build_text_model(text, path)
+    _refuse_small_text_model(text_model, path)
 
     vae = _select(tensors, sd1_names.VAE_PREFIX)
     tiny = _select(vae, "taesd_decoder.")
     if tiny:
-        scale, shift = (
-            float(vae.get(name, default))
-            for name, default in (("vae_scale", 1.0), ("vae_shift", 0.0))
-        )
+        scale, shift = _scalar(vae, "vae_scale", 1.0, path), _scalar(vae, "vae_shift", 0.0, path)
         tiny = {sd1_names.tiny_decoder_to_diffusers(key): value for key, value in tiny.items()}
         encoder = _select(vae, "taesd_encoder.")
         tiny |= {f"encoder.layers.{key}": value for key, value in encoder.items()}
@@ -449,9 +485,11 @@ def _config(folder: Path, file: str) -> dict:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HostError(f"{path} cannot be read as JSON ({error}).") from error
+        config = json.loads(read_text(path))
+    except HostError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise HostError(f"{path} cannot be read as JSON ({brief(error)}).") from error
     if not isinstance(config, dict):
         raise HostError(f"{path} should hold a JSON object.")
     return config
@@ -459,15 +497,23 @@ def _config(folder: Path, file: str) -> dict:
 
 def _number(config: dict, key: str, default: float, folder: Path) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        number = math.inf
+    if number == 0 or not math.isfinite(number) or not math.isfinite(1 / number):
         raise HostError(
-            f"{folder}: {key} in a config.json should be a number other than 0, not {value!r}."
+            f"{folder}: {key} in a config.json should be a number other than 0, "
+            f"not {brief(repr(value))}."
         )
-    return float(value)
+    return number
 
 
-def _folder_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's own vocabulary when it has one (fine-tunes add words), else the standard one."""
+def _folder_tokenizer(folder: Path, rows: int) -> Tokenizer:
+    """The folder's own vocabulary when it has one (fine-tunes add words), else the standard one.
+
+    rows: how many tokens the text encoder knows.
+    """
     vocabulary_file, merges_file = (
         folder / "tokenizer" / "vocab.json",
         folder / "tokenizer" / "merges.txt",
@@ -475,16 +521,23 @@ def _folder_tokenizer(folder: Path) -> Tokenizer:
     if not (vocabulary_file.is_file() and merges_file.is_file()):
         return clip_bpe.make_tokenizer()
     vocabulary = _config(folder, "tokenizer/vocab.json")
-    lines = merges_file.read_text(encoding="utf-8").splitlines()
+    lines = read_text(merges_file).splitlines()
     merges = [
         tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")
     ]
     try:
-        return clip_bpe.make_tokenizer(vocabulary, merges)
+        tokenizer = clip_bpe.make_tokenizer(vocabulary, merges)
     except Exception as error:
         raise HostError(
-            f"The tokenizer files in {folder / 'tokenizer'} are damaged ({error})."
+            f"The tokenizer files in {folder / 'tokenizer'} are damaged ({brief(repr(error))})."
         ) from error
+    if max(vocabulary.values()) >= rows:
+        raise HostError(
+            f"The vocabulary in {folder / 'tokenizer'} numbers its tokens up to "
+            f"{max(vocabulary.values())}, but the text encoder knows {rows}: these files belong to "
+            "different models."
+        )
+    return tokenizer
 
 
 def _load_folder(folder: Path, device: torch.device) -> SD1Checkpoint:
@@ -494,7 +547,8 @@ def _load_folder(folder: Path, device: torch.device) -> SD1Checkpoint:
     )
     if prediction != "epsilon":
         raise HostError(
-            f"{folder.name} is a model with {prediction}; {WHAT_WORKS} with noise prediction."
+            f"{folder.name} is a model with {brief(prediction)}; "
+            f"{WHAT_WORKS} with noise prediction."
         )
     weights = read_safetensors(unet_file)
     _refuse_wrong_unet(
@@ -504,6 +558,7 @@ def _load_folder(folder: Path, device: torch.device) -> SD1Checkpoint:
 
     text_file = _part_file(folder, "text_encoder", "model")
     text_model, text_weights = _build_text_model(read_safetensors(text_file), text_file)
+    _refuse_small_text_model(text_model, text_file)
 
     vae_file = _part_file(folder, "vae", "diffusion_pytorch_model")
     vae = read_safetensors(vae_file)
@@ -520,6 +575,6 @@ def _load_folder(folder: Path, device: torch.device) -> SD1Checkpoint:
         unet_names=sd1_names.unet_to_ldm(weights),
         text_model=text_model.to(device),
         text_weights=text_weights,
-        tokenizer=_folder_tokenizer(folder),
+        tokenizer=_folder_tokenizer(folder, text_model.config.vocab_size),
         vae=decoder,
     )

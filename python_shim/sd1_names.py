@@ -30,25 +30,26 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 
 def _indices(keys: Iterable[str], pattern: str) -> list[int]:
+    """What `pattern` finds: two digits at most, for loops run up to it, and no model has more."""
     return sorted({int(match[1]) for key in keys if (match := re.match(pattern, key))})
 
 
 def ldm_layout(keys: Iterable[str]) -> tuple[int, int]:
     """(levels, residual blocks per level) of a UNet in LDM names."""
     keys = list(keys)
-    blocks = _indices(keys, r"input_blocks\.(\d+)\.")
-    downsamplers = _indices(keys, r"input_blocks\.(\d+)\.0\.op\.")
+    blocks = _indices(keys, r"input_blocks\.(\d{1,2})\.")
+    downsamplers = _indices(keys, r"input_blocks\.(\d{1,2})\.0\.op\.")
     if not blocks:
         return 0, 0
     layers = (downsamplers[0] if downsamplers else blocks[-1] + 1) - 1
-    return len(downsamplers) + 1, layers
+    return len(downsamplers) + 1, max(layers, 0)
 
 
 def diffusers_layout(keys: Iterable[str]) -> tuple[int, int]:
     """(levels, residual blocks per level) of a UNet in diffusers names."""
     keys = list(keys)
-    return len(_indices(keys, r"down_blocks\.(\d+)\.")), len(
-        _indices(keys, r"down_blocks\.0\.resnets\.(\d+)\.")
+    return len(_indices(keys, r"down_blocks\.(\d{1,2})\.")), len(
+        _indices(keys, r"down_blocks\.0\.resnets\.(\d{1,2})\.")
     )
 
 
@@ -112,7 +113,7 @@ def unet_to_ldm(keys: Iterable[str]) -> dict[str, str]:
 def vae_to_diffusers(keys: Iterable[str]) -> dict[str, str]:
     """Names of a stock VAE, LDM or older diffusers ones -> current diffusers."""
     keys = list(keys)
-    levels = len(_indices(keys, r"decoder\.up\.(\d+)\."))
+    levels = len(_indices(keys, r"decoder\.up\.(\d{1,2})\."))
     half = r"^(encoder|decoder)"
     renamed = {}
     for key in keys:
@@ -133,18 +134,18 @@ def vae_to_diffusers(keys: Iterable[str]) -> dict[str, str]:
         )
         # LDM counts up-blocks from the image, diffusers from the latent
         new = re.sub(
-            r"^decoder\.up\.(\d+)\.block",
+            r"^decoder\.up\.(\d{1,2})\.block",
             lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.resnets",
             new,
         )
         new = re.sub(
-            r"^decoder\.up\.(\d+)\.upsample",
+            r"^decoder\.up\.(\d{1,2})\.upsample",
             lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.upsamplers.0",
             new,
         )
-        new = re.sub(r"^encoder\.down\.(\d+)\.block", r"encoder.down_blocks.\1.resnets", new)
+        new = re.sub(r"^encoder\.down\.(\d{1,2})\.block", r"encoder.down_blocks.\1.resnets", new)
         new = re.sub(
-            r"^encoder\.down\.(\d+)\.downsample", r"encoder.down_blocks.\1.downsamplers.0", new
+            r"^encoder\.down\.(\d{1,2})\.downsample", r"encoder.down_blocks.\1.downsamplers.0", new
         )
         new = re.sub(half + r"\.norm_out\.", r"\1.conv_norm_out.", new)
         renamed[key] = new.replace(".nin_shortcut.", ".conv_shortcut.")
@@ -156,6 +157,6 @@ def tiny_decoder_to_diffusers(key: str) -> str:
     position, _, rest = key.partition(".")
     return (
         f"decoder.layers.{int(position) - 1}.{rest}"
-        if position.isdigit()
+        if re.fullmatch(r"[0-9]{1,2}", position)
         else f"decoder.layers.{key}"
     )

@@ -71,16 +71,8 @@ size_t middle(const std::string& phrase) {
 at::Tensor meanings(TextEncoder& encoder, const std::vector<std::string>& prompts,
                     Progress& progress) {
   std::vector<at::Tensor> rows;
-  for (size_t first = 0; first < prompts.size(); first += kPromptsPerCall) {
-    progress.check();
-    const size_t last = std::min(prompts.size(), first + kPromptsPerCall);
-    const std::vector<std::string> part(prompts.begin() + static_cast<std::ptrdiff_t>(first),
-                                        prompts.begin() + static_cast<std::ptrdiff_t>(last));
-    const at::Tensor context = encoder.encode(part).detach().to(at::kCPU, at::kDouble);
-    for (size_t i = 0; i < part.size(); ++i) {
-      const auto end = static_cast<int64_t>(encoder.tokenize(part[i]).size()) - 1;
-      rows.push_back(context[static_cast<int64_t>(i)][std::min(end, context.size(1) - 1)]);
-    }
+  for (const at::Tensor& start : encode_starts(encoder, prompts, progress)) {
+    rows.push_back(start[start.size(0) - 1]);
   }
   return at::stack(rows);
 }

@@ -57,6 +57,40 @@ TextEmbedding embed_in_batches(TextEncoder& encoder, const std::vector<std::stri
   return {at::cat(context), pooled.empty() ? at::Tensor() : at::cat(pooled)};
 }
 
+std::vector<at::Tensor> encode_starts(TextEncoder& encoder, const std::vector<std::string>& prompts,
+                                      Progress& progress) {
+  const int64_t window = encoder.window();
+  std::vector<int64_t> lengths;
+  for (const std::string& prompt : prompts) {
+    lengths.push_back(std::min(window, static_cast<int64_t>(encoder.tokenize(prompt).size())));
+  }
+  std::vector<at::Tensor> starts;
+  for (size_t begin = 0; begin < prompts.size();) {
+    progress.check();
+    // As many as cost no more than kPromptsPerCall whole windows.
+    int64_t longest = 0;
+    size_t end = begin;
+    for (; end < prompts.size(); ++end) {
+      const int64_t length = std::max(longest, lengths[end]);
+      const auto count = static_cast<int64_t>(end - begin) + 1;
+      if (end > begin && count * length > static_cast<int64_t>(kPromptsPerCall) * window) break;
+      longest = length;
+    }
+    const std::vector<std::string> part(prompts.begin() + static_cast<std::ptrdiff_t>(begin),
+                                        prompts.begin() + static_cast<std::ptrdiff_t>(end));
+    const at::Tensor rows = encoder.encode_start(part, longest).detach().to(at::kCPU, at::kDouble);
+    if (rows.dim() != 3 || rows.size(0) != static_cast<int64_t>(part.size()) ||
+        rows.size(1) != longest || rows.size(2) != encoder.width()) {
+      throw Error("the text encoder returned embeddings of an unexpected shape");
+    }
+    for (size_t i = begin; i < end; ++i) {
+      starts.push_back(rows[static_cast<int64_t>(i - begin)].narrow(0, 0, lengths[i]));
+    }
+    begin = end;
+  }
+  return starts;
+}
+
 ConceptPrompts encode_prompts(TextEncoder& encoder, const Concept& item, Progress& progress) {
   ConceptPrompts out;
   const auto n = static_cast<int64_t>(phrases(item).size()) * item.templates;

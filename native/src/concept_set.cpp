@@ -8,8 +8,10 @@
 #include <utility>
 
 #include "lacuna/error.h"
+#include "lacuna/json_text.h"
 #include "lacuna/prompt_templates.h"
 #include "lacuna/text.h"
+#include "lacuna/typed_list.h"
 
 namespace lacuna {
 namespace {
@@ -19,7 +21,9 @@ using nlohmann::json;
 constexpr std::string_view kConceptsFormat = "lacuna.concepts/1";
 constexpr size_t kMaxTextBytes = 4u << 20;
 constexpr size_t kMaxConcepts = 10'000;
-constexpr size_t kMaxPhraseBytes = 500;
+constexpr size_t kMaxPhraseCharacters = 500;
+// Ten thousand concepts of seven members and thirty synonyms, and as many preserved phrases.
+constexpr JsonLimits kJsonLimits{.depth = 8, .values = 420'000};
 
 constexpr std::array<std::pair<ConceptKind, std::string_view>, 4> kKinds{{
     {ConceptKind::kObject, "object"},
@@ -49,63 +53,92 @@ T value_of(const std::array<std::pair<T, std::string_view>, N>& table, std::stri
     if (known_name == name) return key;
     known += (known.empty() ? "" : ", ") + std::string(known_name);
   }
-  throw Error("unknown " + std::string(what) + " '" + std::string(name) +
-              "'; use one of: " + known);
+  throw Error("unknown " + std::string(what) + " " + in_quotes(name) + "; use one of: " + known);
 }
 
-std::string in_quotes(std::string_view phrase) { return "'" + std::string(phrase) + "'"; }
-
-// '#' starts a comment at the beginning or after white space, so that "c#" stays a word.
-std::pair<std::string, std::string> split_comment(const std::string& line) {
-  for (size_t i = 0; i < line.size(); ++i) {
-    if (line[i] == '#' && (i == 0 || line[i - 1] == ' ' || line[i - 1] == '\t')) {
-      return {line.substr(0, i), normalize_phrase(std::string_view(line).substr(i + 1))};
-    }
+std::string read_anchor(const ConceptDefaults& defaults) {
+  const std::string where = "the default anchor";
+  if (normalize_phrase(defaults.anchor).empty()) return std::string(default_anchor(defaults.kind));
+  if (find_arrow(defaults.anchor, where)) {
+    throw Error(where + " " + in_quotes(defaults.anchor) +
+                " holds an arrow; write the phrase alone");
   }
-  return {line, ""};
+  ReadingNotes unused;
+  return typed_phrase(defaults.anchor, 1, where, unused);
 }
 
-std::vector<std::string> split_synonyms(const std::string& text) {
-  std::vector<std::string> synonyms;
-  size_t begin = 0;
-  while (begin <= text.size()) {
-    size_t end = std::min(text.find(',', begin), text.size());
-    std::string phrase = normalize_phrase(std::string_view(text).substr(begin, end - begin));
-    if (!phrase.empty()) synonyms.push_back(std::move(phrase));
-    begin = end + 1;
+// Between synonyms any of these can only separate.
+std::vector<std::string> split_synonyms(std::string_view text) {
+  constexpr std::array<std::string_view, 5> kSeparators{",", "，", "、", ";", "；"};
+  std::vector<std::string> synonyms(1);
+  while (!text.empty()) {
+    size_t size = 0;
+    for (const std::string_view mark : kSeparators) {
+      if (text.starts_with(mark)) size = mark.size();
+    }
+    if (size > 0) {
+      synonyms.emplace_back();
+    } else {
+      size = 1;
+      synonyms.back() += text.front();
+    }
+    text.remove_prefix(size);
   }
   return synonyms;
 }
 
-std::optional<Concept> parse_line(const std::string& line, size_t number,
-                                  const ConceptDefaults& defaults) {
-  auto [body, comment] = split_comment(line);
-  if (normalize_phrase(body).empty()) return std::nullopt;
-  auto fail = [&](const std::string& what) -> Error {
-    return Error("concept line " + std::to_string(number) + ": " + what +
-                 "; write it as: target -> anchor | synonym, synonym");
-  };
+// Where the first of '|' and its full-width form stands, and its size; size 0: nowhere.
+std::pair<size_t, size_t> find_bar(std::string_view text) {
+  constexpr std::string_view kWide = "｜";
+  const size_t plain = text.find('|'), wide = text.find(kWide);
+  if (plain == wide) return {text.size(), 0};
+  return plain < wide ? std::pair(plain, size_t{1}) : std::pair(wide, kWide.size());
+}
 
+Concept read_line(const TypedLine& line, const std::string& where, const ConceptDefaults& defaults,
+                  ReadingNotes& notes) {
+  const auto fail = [&](const std::string& what) -> Error {
+    return Error(where + ": " + what + "; write it as: target -> anchor | synonym, synonym");
+  };
+  const auto phrase = [&](std::string_view text) {
+    return typed_phrase(text, line.number, where, notes);
+  };
+  std::string_view body = line.text;
+  refuse_prompt_syntax(body, where);
   Concept item;
   item.kind = defaults.kind;
   item.templates = defaults.templates;
-  item.comment = comment;
-  if (size_t bar = body.find('|'); bar != std::string::npos) {
-    if (body.find('|', bar + 1) != std::string::npos) throw fail("more than one '|'");
-    item.synonyms = split_synonyms(body.substr(bar + 1));
+  item.comment = line.comment;
+  if (const auto [bar, size] = find_bar(body); size > 0) {
+    const std::string_view after = body.substr(bar + size);
+    if (find_bar(after).second > 0) throw fail("more than one '|'");
+    if (size > 1) notes.understood(line.number, "'｜' read as '|'");
+    if (after.find("，") != std::string_view::npos || after.find("、") != std::string_view::npos ||
+        after.find(';') != std::string_view::npos || after.find("；") != std::string_view::npos) {
+      notes.understood(line.number, "other separators between synonyms read as ','");
+    }
+    for (const std::string& part : split_synonyms(after)) {
+      if (std::string synonym = phrase(part); !synonym.empty()) {
+        item.synonyms.push_back(std::move(synonym));
+      }
+    }
     if (item.synonyms.empty()) throw fail("nothing after '|'");
-    body.resize(bar);
+    body = body.substr(0, bar);
   }
-  if (size_t arrow = body.find("->"); arrow != std::string::npos) {
-    if (body.find("->", arrow + 2) != std::string::npos) throw fail("more than one '->'");
-    item.anchor = normalize_phrase(std::string_view(body).substr(arrow + 2));
+  if (const auto arrow = find_arrow(body, where)) {
+    const std::string_view after = body.substr(arrow->begin + arrow->size);
+    if (find_arrow(after, where)) throw fail("more than one '->'");
+    const std::string_view typed = body.substr(arrow->begin, arrow->size);
+    if (typed != "->") {
+      notes.understood(line.number, "'" + std::string(typed) + "' read as '->'");
+    }
+    item.anchor = phrase(after);
     if (item.anchor.empty()) throw fail("nothing after '->'");
-    body.resize(arrow);
+    body = body.substr(0, arrow->begin);
   } else {
-    item.anchor = defaults.anchor.empty() ? std::string(default_anchor(defaults.kind))
-                                          : normalize_phrase(defaults.anchor);
+    item.anchor = read_anchor(defaults);
   }
-  item.target = normalize_phrase(body);
+  item.target = phrase(body);
   if (item.target.empty()) throw fail("no target");
   return item;
 }
@@ -119,7 +152,7 @@ class ObjectReader {
     for (const auto& [key, value] : object.items()) {
       bool found = false;
       for (std::string_view name : known) found = found || name == key;
-      if (!found) throw Error(where_ + " has an unknown member '" + key + "'");
+      if (!found) throw Error(where_ + " has an unknown member " + in_quotes(key));
     }
   }
 
@@ -158,14 +191,17 @@ class ObjectReader {
   std::string where_;
 };
 
-Concept concept_from_json(const json& value, const std::string& where) {
+Concept concept_from_json(const json& value, const std::string& where,
+                          const ConceptDefaults& defaults = {}) {
   ObjectReader reader(value, where,
                       {"target", "anchor", "kind", "synonyms", "templates", "comment"});
   Concept item;
   item.target = normalize_phrase(reader.string("target"));
-  item.kind = concept_kind_from_string(reader.string("kind", "object"));
-  item.anchor = normalize_phrase(reader.string("anchor", std::string(default_anchor(item.kind))));
-  item.templates = reader.integer("templates", kTemplatesPerKind);
+  item.kind =
+      concept_kind_from_string(reader.string("kind", std::string(to_string(defaults.kind))));
+  item.anchor = normalize_phrase(
+      reader.string("anchor", read_anchor({.kind = item.kind, .anchor = defaults.anchor})));
+  item.templates = reader.integer("templates", defaults.templates);
   item.comment = reader.string("comment", "");
   const json none = json::array();
   for (const json& synonym : reader.array("synonyms", none)) {
@@ -190,10 +226,36 @@ PreservedPhrase preserved_from_json(const json& value, const std::string& where)
 
 void check_phrase(const std::string& phrase, const std::string& what) {
   if (phrase.empty()) throw Error(what + " is empty");
-  if (phrase.size() > kMaxPhraseBytes) {
-    throw Error(what + " " + in_quotes(phrase.substr(0, 40) + "...") + " is longer than " +
-                std::to_string(kMaxPhraseBytes) + " characters");
+  if (count_characters(phrase) > kMaxPhraseCharacters) {
+    throw Error(what + " " + in_quotes(phrase, 40) + " is longer than " +
+                std::to_string(kMaxPhraseCharacters) + " characters");
   }
+}
+
+// JSON brings its phrases as they are. An empty one is told by validate().
+void check_words(const std::string& phrase) {
+  if (!phrase.empty() && !has_words(phrase)) {
+    throw Error(in_quotes(phrase) + " is punctuation alone; write a word");
+  }
+}
+
+// Without the object around it that names the format: texts as typed in lines, or concepts.
+ConceptSet concepts_from_list(std::string_view body, const ConceptDefaults& defaults,
+                              ReadingNotes& notes) {
+  const json list = parse_json(body, "the concept JSON", kJsonLimits);
+  if (list.size() > kMaxConcepts) throw Error("more than 10000 concepts in one list");
+  ConceptSet set;
+  for (size_t i = 0; i < list.size(); ++i) {
+    const std::string where = "concept " + std::to_string(i + 1);
+    if (!list[i].is_string()) {
+      set.concepts.push_back(concept_from_json(list[i], where, defaults));
+      continue;
+    }
+    const TypedLine line{i + 1, normalize_phrase(list[i].get<std::string>()), ""};
+    set.concepts.push_back(read_line(line, where, defaults, notes));
+  }
+  notes.understood(1, "a JSON list, read as one concept an entry");
+  return set;
 }
 
 void check_templates(int templates, const std::string& phrase) {
@@ -228,30 +290,38 @@ std::string_view default_anchor(ConceptKind kind) {
   return "scenery";
 }
 
-ConceptSet parse_concepts(std::string_view text, const ConceptDefaults& defaults) {
-  if (text.size() > kMaxTextBytes) throw Error("the concept list is larger than 4 MiB");
-  const size_t first = text.find_first_not_of(" \t\r\n");
-  if (first != std::string_view::npos && text[first] == '{') return concept_set_from_json(text);
-
+ConceptSet parse_concepts(std::string_view text, const ConceptDefaults& defaults,
+                          ReadingNotes* notes) {
+  ReadingNotes unused;
+  ReadingNotes& told = notes == nullptr ? unused : *notes;
+  const std::string body = list_body(text, "the concept list", told);
   ConceptSet set;
-  size_t number = 0;
-  for (const std::string& line : split_lines(text)) {
-    ++number;
-    if (auto item = parse_line(line, number, defaults)) set.concepts.push_back(std::move(*item));
-    if (set.concepts.size() > kMaxConcepts) throw Error("more than 10000 concepts in one list");
+  if (is_json_object(body)) {
+    set = concept_set_from_json(body);
+  } else if (is_json_list(body)) {
+    set = concepts_from_list(body, defaults, told);
+  } else {
+    for (const TypedLine& line : typed_lines(body, "the concept list", told)) {
+      const std::string where = "concept line " + std::to_string(line.number);
+      set.concepts.push_back(read_line(line, where, defaults, told));
+    }
   }
+  for (const Concept& item : set.concepts) {
+    for (const std::string& phrase : phrases(item)) check_words(phrase);
+    check_words(item.anchor);
+  }
+  for (const PreservedPhrase& item : set.preserve) check_words(item.phrase);
   return set;
 }
 
 std::vector<PreservedPhrase> parse_preserve_lines(std::string_view text,
-                                                  const ConceptDefaults& defaults) {
-  if (text.size() > kMaxTextBytes) throw Error("the preserve list is larger than 4 MiB");
+                                                  const ConceptDefaults& defaults,
+                                                  ReadingNotes* notes) {
+  ReadingNotes unused;
   std::vector<PreservedPhrase> preserve;
-  for (const std::string& line : split_lines(text)) {
-    std::string phrase = normalize_phrase(split_comment(line).first);
-    if (phrase.empty()) continue;
-    preserve.push_back({std::move(phrase), defaults.kind, defaults.templates});
-    if (preserve.size() > kMaxConcepts) throw Error("more than 10000 preserved phrases");
+  for (TypedPhrase& item :
+       typed_phrases(text, "the preserve list", notes == nullptr ? unused : *notes)) {
+    preserve.push_back({std::move(item.phrase), defaults.kind, defaults.templates});
   }
   return preserve;
 }
@@ -340,20 +410,11 @@ std::string to_json(const ConceptSet& set) {
 
 ConceptSet concept_set_from_json(std::string_view text) {
   if (text.size() > kMaxTextBytes) throw Error("the concept file is larger than 4 MiB");
-  json root;
-  try {
-    // The callback bounds nesting: deep input must not exhaust the stack.
-    root = json::parse(text, [](int depth, json::parse_event_t, json&) {
-      if (depth > 8) throw Error("the concept JSON is nested too deeply");
-      return true;
-    });
-  } catch (const json::exception& e) {
-    throw Error(std::string("the concept JSON cannot be read: ") + e.what());
-  }
+  const json root = parse_json(text, "the concept JSON", kJsonLimits);
   ObjectReader reader(root, "the concept JSON",
                       {"format", "concepts", "preserve", "general_prior"});
   if (const std::string format = reader.string("format"); format != kConceptsFormat) {
-    throw Error("the concept JSON has format '" + format + "', expected '" +
+    throw Error("the concept JSON has format " + in_quotes(format) + ", expected '" +
                 std::string(kConceptsFormat) + "'");
   }
   ConceptSet set;

@@ -26,7 +26,6 @@ struct Colour {
 constexpr Colour kWanted{0.000f, 0.447f, 0.698f};    // blue
 constexpr Colour kUnwanted{0.835f, 0.369f, 0.000f};  // vermilion
 constexpr Colour kInk{0.10f, 0.10f, 0.12f};
-constexpr Colour kPaper{1.0f, 1.0f, 1.0f};
 constexpr Colour kBar{0.90f, 0.91f, 0.93f};
 
 constexpr int64_t kLine = 22;  // from one line of text to the next

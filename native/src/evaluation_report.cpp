@@ -11,6 +11,7 @@
 #include "lacuna/attack.h"
 #include "lacuna/benchmark_lines.h"
 #include "lacuna/error.h"
+#include "lacuna/json_text.h"
 #include "lacuna/random_stream.h"
 #include "lacuna/text.h"
 
@@ -24,6 +25,8 @@ constexpr double kNoChange = 0.02;
 constexpr double kLittleChange = 0.3;
 constexpr double kMuchChange = 0.6;
 constexpr double kImplausible = 1.5;  // denoising error of damaged pictures over that of whole ones
+// A report names every picture: a million of them are a large evaluation.
+constexpr JsonLimits kReportLimits{.depth = 16, .values = 50'000'000};
 constexpr size_t kNamesInSentence = 6;
 constexpr size_t kLongestSynonym = 100;  // bytes of a failing prompt that is worth erasing
 
@@ -818,7 +821,7 @@ std::string to_json(const Evaluation& evaluation, const EvaluationSummary& summa
 
 std::string to_html(std::string_view json, const std::vector<std::string>& pages) {
   try {
-    const ordered_json root = ordered_json::parse(json);
+    const ordered_json root = parse_ordered_json(json, "the report", kReportLimits);
     if (root.at("format") != "lacuna.evaluation/1") {
       throw Error("this is not a report of Evaluate Erasure (format lacuna.evaluation/1)");
     }

@@ -7,6 +7,7 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
@@ -22,6 +23,8 @@ namespace {
 
 // Right-hand sides solved at once: bounds memory, and the time between cancellation checks.
 constexpr int64_t kColumnsPerSolve = 1024;
+// The largest float16, the type of most weights and of exported LoRAs.
+constexpr double kLargestChange = 65504.0;
 
 std::string known_targets(const std::vector<std::string>& targets) {
   constexpr size_t kShown = 20;
@@ -42,6 +45,16 @@ at::Tensor as_double(const at::Tensor& t) { return t.to(at::kCPU, at::kDouble); 
 // sum += scale * term, for a float32 or float64 term.
 void add_scaled(at::Tensor& sum, const at::Tensor& term, double scale) {
   sum.add_(as_double(term), scale);
+}
+
+double largest_of(const at::Tensor& t) {
+  return t.numel() == 0 ? 0.0 : t.abs().max().item<double>();
+}
+
+Error beyond_all_weights(const std::string& target, const std::string& what) {
+  return Error("the LoRA of '" + target + "' would change " + what +
+               " beyond what a model's number type can hold; leave the concept out, or train it "
+               "again with LoRA Erase");
 }
 
 at::Tensor images_of(const ConceptLora& item) {
@@ -174,6 +187,17 @@ Fusion FusionSums::solve(const KeptText& kept, const FusionOptions& options,
   result.condition = solver.condition();
   result.floor_added = solver.floor_added();
   result.patch.delta = any_shift ? solver.solve_right(shift) : shift;
+  if (!(largest_of(result.patch.delta) <= kLargestChange)) {
+    const auto most =
+        std::max_element(entries_.begin(), entries_.end(), [&](const auto& a, const auto& b) {
+          const auto size = [&](const auto& entry) {
+            const at::Tensor& moved = entry.second.item->refinement_shift;
+            return moved.defined() ? strength(entry.first) * largest_of(moved) : 0.0;
+          };
+          return size(a) < size(b);
+        });
+    throw beyond_all_weights(most->second.item->item.target, "the text embedding");
+  }
 
   // Columns of all concepts are solved together, block by block, and dealt out to the projections.
   int64_t columns = 0;
@@ -227,7 +251,11 @@ Fusion FusionSums::solve(const KeptText& kept, const FusionOptions& options,
       LowRankPair& target = result.patch.pairs.at(name);
       int64_t& at = filled[name];
       target.b.narrow(1, at, rank).copy_(pair.up);
-      target.r.narrow(1, at, rank).copy_(solved.narrow(1, column, rank)).mul_(strength(key));
+      const at::Tensor r = target.r.narrow(1, at, rank);
+      r.copy_(solved.narrow(1, column, rank)).mul_(strength(key));
+      if (!(largest_of(pair.up) * largest_of(r) <= kLargestChange)) {  // also where it is NaN
+        throw beyond_all_weights(entry.item->item.target, "'" + name + "'");
+      }
       at += rank;
       column += rank;
     }

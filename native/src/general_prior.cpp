@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lacuna/general_prior.h"
 
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "embedded_lines.h"
+#include "lacuna/cached_tensor.h"
 #include "lacuna/concept_prompts.h"
-#include "lacuna/error.h"
-#include "lacuna/safetensors_file.h"
 #include "lacuna/text.h"
 #include "lacuna/text_statistics.h"
 
@@ -22,21 +19,7 @@ namespace {
 constexpr size_t kSmallCaptions = 200;
 // Raised when the captions change, so that old cache files are not used.
 constexpr std::string_view kCaptionsVersion = "1";
-
-std::optional<at::Tensor> read_cache(const std::string& path, int64_t width) {
-  try {
-    const SafetensorsFile file = load_safetensors(path);
-    const at::Tensor gram = file.tensors.at("gram");
-    if (gram.dim() == 2 && gram.size(0) == width && gram.size(1) == width &&
-        gram.scalar_type() == at::kDouble && at::isfinite(gram).all().item<bool>()) {
-      return gram;
-    }
-  } catch (const Error&) {
-    // Absent or damaged: computed again below.
-  } catch (const std::out_of_range&) {
-  }
-  return std::nullopt;
-}
+constexpr std::string_view kPriorFormat = "lacuna.general_prior/2";
 
 }  // namespace
 
@@ -92,7 +75,7 @@ at::Tensor general_prior_gram(TextEncoder& encoder, GeneralPriorSize size, Progr
   if (!encoder.cache_directory().empty() && !encoder.fingerprint().empty()) {
     cache = encoder.cache_directory() + "/general_prior_" + encoder.fingerprint() + "_" +
             std::string(to_string(size)) + "_v" + std::string(kCaptionsVersion) + ".safetensors";
-    if (auto known = read_cache(cache, d)) return *known;
+    if (auto known = load_cached(cache, kPriorFormat, at::kDouble, {d, d})) return *known;
   }
 
   for (size_t begin = 0; begin < captions.size(); begin += kPromptsPerCall) {
@@ -104,13 +87,7 @@ at::Tensor general_prior_gram(TextEncoder& encoder, GeneralPriorSize size, Progr
     progress.report(static_cast<int64_t>(end), static_cast<int64_t>(captions.size()));
   }
   gram = symmetrize_upper(gram);
-  if (!cache.empty()) {
-    try {
-      save_safetensors({{{"gram", gram}}, {{"format", "lacuna.general_prior/1"}}}, cache);
-    } catch (const Error&) {
-      // A cache that cannot be written costs time later, never a result.
-    }
-  }
+  if (!cache.empty()) save_cached(gram, cache, kPriorFormat);
   return gram;
 }
 

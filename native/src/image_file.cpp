@@ -1,26 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lacuna/image_file.h"
 
-#define STBI_NO_STDIO
 #define STBI_WRITE_NO_STDIO
-#include <ATen/ops/from_blob.h>
-#include <stb_image.h>
 #include <stb_image_write.h>
 
-#include <array>
 #include <cstdint>
-#include <fstream>
-#include <iterator>
-#include <memory>
-#include <vector>
+#include <string_view>
 
 #include "lacuna/error.h"
+#include "lacuna/file_path.h"
 #include "lacuna/output_file.h"
 
 namespace lacuna {
 namespace {
 
-constexpr int64_t kMaxPixels = 64ll << 20;
 constexpr size_t kAfterHeader = 8 + 25;  // PNG signature and IHDR chunk: tEXt may follow
 
 void append_big_endian(std::string& out, uint32_t value) {
@@ -49,10 +42,11 @@ std::string text_chunk(const std::string& keyword, const std::string& text) {
 
 }  // namespace
 
-void save_png(const at::Tensor& image, const std::string& path,
-              const std::map<std::string, std::string>& text) {
+void write_png(const at::Tensor& image, OutputFile& out,
+               const std::map<std::string, std::string>& text) {
   if (image.dim() != 3 || image.size(2) != 3 || image.numel() == 0) {
-    throw Error("cannot write '" + path + "': an image must be [height, width, 3]");
+    throw Error("cannot write '" + shown_path(out.name()) +
+                "': an image must be [height, width, 3]");
   }
   const at::Tensor pixels = image.detach()
                                 .to(at::kCPU, at::kFloat)
@@ -69,39 +63,20 @@ void save_png(const at::Tensor& image, const std::string& path,
   const int height = static_cast<int>(image.size(0));
   if (stbi_write_png_to_func(append, &png, width, height, 3, pixels.const_data_ptr<uint8_t>(),
                              width * 3) == 0) {
-    throw Error("cannot encode '" + path + "' as PNG");
+    throw Error("cannot encode '" + shown_path(out.name()) + "' as PNG");
   }
   std::string chunks;
   for (const auto& [keyword, value] : text) chunks += text_chunk(keyword, value);
   png.insert(kAfterHeader, chunks);
 
-  OutputFile out(path);
   out.write(png);
-  out.commit();
 }
 
-at::Tensor load_image(const std::string& path) {
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream) throw Error("cannot open '" + path + "'");
-  const std::vector<char> bytes{std::istreambuf_iterator<char>(stream), {}};
-  const auto* data = reinterpret_cast<const stbi_uc*>(bytes.data());
-  const int size = static_cast<int>(bytes.size());
-  int width = 0;
-  int height = 0;
-  int channels = 0;
-  // The header tells the size before any pixel is decoded.
-  if (stbi_info_from_memory(data, size, &width, &height, &channels) == 0) {
-    throw Error("'" + path + "' is not a readable PNG or JPEG picture");
-  }
-  if (static_cast<int64_t>(width) * height > kMaxPixels) {
-    throw Error("'" + path + "' has more than 64 megapixels; make it smaller");
-  }
-  const std::unique_ptr<stbi_uc, void (*)(void*)> pixels(
-      stbi_load_from_memory(data, size, &width, &height, &channels, 3), stbi_image_free);
-  if (!pixels) throw Error("'" + path + "' is not a readable PNG or JPEG picture");
-  return at::from_blob(pixels.get(), {height, width, 3}, at::TensorOptions(at::kByte))
-      .to(at::kFloat)
-      .div_(255);
+void save_png(const at::Tensor& image, const std::string& path,
+              const std::map<std::string, std::string>& text) {
+  OutputFile out(path);
+  write_png(image, out, text);
+  out.commit();
 }
 
 }  // namespace lacuna

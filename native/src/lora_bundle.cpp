@@ -3,17 +3,19 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
-#include <ATen/ops/isfinite.h>
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
 
+#include "lacuna/checksum.h"
 #include "lacuna/error.h"
+#include "lacuna/json_text.h"
 #include "lacuna/safetensors_file.h"
 #include "lacuna/text.h"
 
@@ -24,8 +26,9 @@ using nlohmann::json;
 
 constexpr std::string_view kBundleFormat = "lacuna.bundle/1";
 constexpr int64_t kMaxWidth = 16'384;
-
-std::string quoted(const std::string& text) { return "'" + text + "'"; }
+// Statistics are sums of squared embeddings, up to some 1e6, and LoRAs are far below that: what is
+// larger comes from no training, and products of it leave the range of floating point.
+constexpr double kLargestValue = 1e10;
 
 bool is_float_matrix(const at::Tensor& t, int64_t rows, int64_t columns) {
   return t.defined() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble) &&
@@ -71,74 +74,32 @@ at::Tensor unpack(const at::Tensor& packed, int64_t d) {
   return m;
 }
 
-// FNV-1a on words of eight bytes: each step is a bijection of the state, so that no single changed
-// word goes unnoticed. Against accidents, not against forgery.
-class Checksum {
- public:
-  void add(const void* data, size_t size) {
-    const auto* bytes = static_cast<const char*>(data);
-    add_word(size);
-    for (; size >= 8; bytes += 8, size -= 8) {
-      uint64_t word = 0;
-      std::memcpy(&word, bytes, 8);
-      add_word(word);
-    }
-    uint64_t word = 0;
-    std::memcpy(&word, bytes, size);
-    add_word(word);
-  }
-  void add(std::string_view text) { add(text.data(), text.size()); }
-  std::string text() const {
-    char hex[17];
-    std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(state_));
-    return hex;
-  }
-
- private:
-  void add_word(uint64_t word) {
-    state_ = (state_ ^ word) * 0x100000001b3ull;
-    state_ ^= state_ >> 32;
-  }
-  uint64_t state_ = 0xcbf29ce484222325ull;
-};
-
-std::string checksum_of(const SafetensorsFile& file) {
-  Checksum sum;
-  for (const auto& [key, value] : file.metadata) {
-    if (key == "checksum") continue;
-    sum.add(key);
-    sum.add(value);
-  }
-  for (const auto& [name, tensor] : file.tensors) {
-    sum.add(name);
-    const std::vector<int64_t> shape = tensor.sizes().vec();
-    sum.add(shape.data(), shape.size() * sizeof(int64_t));
-    sum.add(tensor.const_data_ptr(), tensor.nbytes());
-  }
-  return sum.text();
-}
-
 std::string prefix_of(size_t index) { return "concept." + std::to_string(index) + "."; }
 
 }  // namespace
 
 void check(const ConceptLora& item) {
   const auto fail = [&](const std::string& what) {
-    return Error(quoted(item.item.target) + " " + what + "; train it again with LoRA Erase");
+    return Error(in_quotes(item.item.target) + " " + what + "; train it again with LoRA Erase");
   };
   if (item.pairs.empty()) throw fail("has no LoRA");
   if (!item.prompt_gram.defined() || item.prompt_gram.dim() != 2) throw fail("has no statistics");
   const int64_t d = item.prompt_gram.size(0);
-  const auto finite = [](const at::Tensor& t) { return at::isfinite(t).all().item<bool>(); };
+  const auto check_values = [&](const at::Tensor& t, const std::string& where) {
+    const double largest = t.numel() == 0 ? 0.0 : t.abs().max().item<double>();
+    if (!std::isfinite(largest)) throw fail("has NaN or infinity in its " + where);
+    if (largest > kLargestValue) {
+      throw fail(format_numbers("has values up to %.2g in its ", largest) + where +
+                 ", which no training gives");
+    }
+  };
   for (const Statistic& statistic : kStatistics) {
     const at::Tensor& matrix = item.*statistic.member;
     if (!matrix.defined() && statistic.name != "prompt_gram") continue;
     if (!is_float_matrix(matrix, d, d)) {
       throw fail("has statistics that do not fit each other (" + std::string(statistic.name) + ")");
     }
-    if (!finite(matrix)) {
-      throw fail("has NaN or infinity in its statistics (" + std::string(statistic.name) + ")");
-    }
+    check_values(matrix, "statistics (" + std::string(statistic.name) + ")");
   }
   if (item.refinement_gram.defined() != item.refinement_shift.defined()) {
     throw fail("has only half of its refinement statistics");
@@ -148,9 +109,8 @@ void check(const ConceptLora& item) {
                       is_float_matrix(pair.up, pair.up.size(0), pair.up.size(1)) &&
                       is_float_matrix(pair.down, pair.up.size(1), d);
     if (!fits) throw fail("has a LoRA that does not fit its statistics (" + name + ")");
-    if (!finite(pair.up) || !finite(pair.down)) {
-      throw fail("has NaN or infinity in its LoRA (" + name + ")");
-    }
+    check_values(pair.up, "LoRA (" + name + ")");
+    check_values(pair.down, "LoRA (" + name + ")");
   }
 }
 
@@ -160,40 +120,67 @@ void check(const LoraBundle& bundle) {
   for (const auto& item : bundle.concepts) {
     check(*item);
     if (item->prompt_gram.size(0) != bundle.concepts.front()->prompt_gram.size(0)) {
-      throw Error("the LoRAs of " + quoted(item->item.target) + " and " +
-                  quoted(bundle.concepts.front()->item.target) +
+      throw Error("the LoRAs of " + in_quotes(item->item.target) + " and " +
+                  in_quotes(bundle.concepts.front()->item.target) +
                   " belong to text encoders of different width");
     }
   }
 }
 
+WeightIdentity model_of(const LoraBundle& bundle) {
+  return {bundle.model_fingerprint, bundle.model_samples};
+}
+
+WeightIdentity encoder_of(const LoraBundle& bundle) {
+  return {bundle.encoder_fingerprint, bundle.encoder_samples};
+}
+
+void check_weights(const LoraBundle& bundle, Denoiser& model, TextEncoder& encoder) {
+  const auto check_pair = [](const WeightIdentity& trained, const WeightIdentity& connected,
+                             const std::string& another, const std::string& to_do) {
+    const WeightComparison how = compare(trained, connected);
+    if (how.match == WeightMatch::kSame) return;
+    const std::string names = " (" + describe(trained, connected, how) + ")";
+    if (how.match != WeightMatch::kUnknownType) {
+      throw Error("these LoRAs were trained " + another + names + "; " + to_do);
+    }
+    throw Error("these LoRAs were trained " + another + names +
+                ", or on the same in another weight type: they come from a version of Lacuna that "
+                "could not tell; load the file they were trained on in the type it had then, and "
+                "save them once more behind LoRA Fuse: after that they fit every weight type");
+  };
+  check_pair(model_of(bundle), identity_of(model), "on another base model than the one connected",
+             "load the checkpoint they were trained on, or train them again on this one");
+  check_pair(encoder_of(bundle), identity_of(encoder),
+             "with another text encoder than the CLIP connected",
+             "connect the CLIP of the checkpoint they were trained on, or train them again with "
+             "this one");
+}
+
+void add_samples(LoraBundle& bundle, Denoiser& model, TextEncoder& encoder) {
+  if (bundle.model_samples.empty() && bundle.model_fingerprint == model.fingerprint()) {
+    bundle.model_samples = model.weight_samples();
+  }
+  if (bundle.encoder_samples.empty() && bundle.encoder_fingerprint == encoder.fingerprint()) {
+    bundle.encoder_samples = encoder.weight_samples();
+  }
+}
+
 void check_fits(const LoraBundle& bundle, Denoiser& model, TextEncoder& encoder,
                 const std::vector<AttentionProjection>& projections) {
-  const auto differ = [](const std::string& a, const std::string& b) {
-    return !a.empty() && !b.empty() && a != b;
-  };
-  if (differ(bundle.model_fingerprint, model.fingerprint())) {
-    throw Error(
-        "these LoRAs were trained on another base model than the one connected; load the "
-        "checkpoint they were trained on, or train them again on this one");
-  }
-  if (differ(bundle.encoder_fingerprint, encoder.fingerprint())) {
-    throw Error(
-        "these LoRAs were trained with another text encoder than the CLIP connected; connect the "
-        "CLIP of the checkpoint they were trained on, or train them again with this one");
-  }
+  check_weights(bundle, model, encoder);
   std::set<std::string> known;
   for (const AttentionProjection& projection : projections) known.insert(projection.lora_name);
   for (const auto& item : bundle.concepts) {
     if (item->prompt_gram.size(0) != encoder.width()) {
-      throw Error("the LoRA of " + quoted(item->item.target) +
+      throw Error("the LoRA of " + in_quotes(item->item.target) +
                   " belongs to a text encoder of width " +
                   std::to_string(item->prompt_gram.size(0)) + ", the CLIP connected has " +
                   std::to_string(encoder.width()) + "; connect the right one");
     }
     for (const auto& [name, pair] : item->pairs) {
       if (!known.contains(name)) {
-        throw Error("the LoRA of " + quoted(item->item.target) + " has a layer '" + name +
+        throw Error("the LoRA of " + in_quotes(item->item.target) + " has a layer '" + name +
                     "' that this model (" + model.family() +
                     ") does not have; connect the model it was trained on");
       }
@@ -218,19 +205,27 @@ LoraBundle merge(const std::vector<std::shared_ptr<const LoraBundle>>& bundles) 
   merged.general_prior = GeneralPriorSize::kNone;
   std::map<std::string, std::shared_ptr<const ConceptLora>> targets;
   std::set<std::string> erased;
-  const auto take_fingerprint = [](std::string& known, const std::string& next, const char* what) {
-    if (known.empty()) known = next;
-    if (!next.empty() && next != known) {
+  const auto take_identity = [](std::string& fingerprint, WeightSamples& samples,
+                                const WeightIdentity& next, const char* what) {
+    const WeightIdentity known{fingerprint, samples};
+    if (const WeightComparison how = compare(known, next); how.match != WeightMatch::kSame) {
       throw Error(std::string("these LoRAs cannot be fused: they were trained on different ") +
-                  what + "; fuse only LoRAs made with one checkpoint");
+                  what + " (" + describe(known, next, how) +
+                  "); fuse only LoRAs made with one checkpoint");
+    }
+    // Of two files of one model, the one that says more about it.
+    if (known.fingerprint.empty() || (known.samples.empty() && !next.samples.empty())) {
+      fingerprint = next.fingerprint;
+      samples = next.samples;
     }
   };
   for (const auto& bundle : bundles) {
     if (bundle->concepts.empty()) {
       throw Error("one of the LoRAs inputs holds no concept; train some with LoRA Erase");
     }
-    take_fingerprint(merged.model_fingerprint, bundle->model_fingerprint, "base models");
-    take_fingerprint(merged.encoder_fingerprint, bundle->encoder_fingerprint, "text encoders");
+    take_identity(merged.model_fingerprint, merged.model_samples, model_of(*bundle), "base models");
+    take_identity(merged.encoder_fingerprint, merged.encoder_samples, encoder_of(*bundle),
+                  "text encoders");
     merged.general_prior = std::max(merged.general_prior, bundle->general_prior);
     for (const auto& item : bundle->concepts) {
       const auto [it, added] = targets.emplace(fold_case(item->item.target), item);
@@ -238,7 +233,7 @@ LoraBundle merge(const std::vector<std::shared_ptr<const LoraBundle>>& bundles) 
         merged.concepts.push_back(item);
         for (const std::string& phrase : phrases(item->item)) erased.insert(fold_case(phrase));
       } else if (!identical(*it->second, *item)) {
-        throw Error(quoted(item->item.target) +
+        throw Error(in_quotes(item->item.target) +
                     " comes with two different LoRAs; remove it from one of the inputs");
       }
     }
@@ -262,7 +257,7 @@ ConceptSet concept_set_of(const LoraBundle& bundle) {
   return set;
 }
 
-void save_bundle(const LoraBundle& bundle, const std::string& path) {
+SafetensorsFile to_safetensors(const LoraBundle& bundle) {
   check(bundle);
   SafetensorsFile file;
   json training = json::array();
@@ -288,12 +283,22 @@ void save_bundle(const LoraBundle& bundle, const std::string& path) {
   try {
     file.metadata["training"] = training.dump();
   } catch (const json::exception&) {
-    throw Error("cannot write '" + path + "': a training record is not valid UTF-8 text");
+    throw Error("the LoRAs cannot be saved: a training record is not valid UTF-8 text");
   }
   file.metadata["model_fingerprint"] = bundle.model_fingerprint;
   file.metadata["encoder_fingerprint"] = bundle.encoder_fingerprint;
+  if (!bundle.model_samples.empty()) {
+    file.metadata["model_samples"] = to_text(bundle.model_samples);
+  }
+  if (!bundle.encoder_samples.empty()) {
+    file.metadata["encoder_samples"] = to_text(bundle.encoder_samples);
+  }
   file.metadata["checksum"] = checksum_of(file);
-  save_safetensors(file, path);
+  return file;
+}
+
+void save_bundle(const LoraBundle& bundle, const std::string& path) {
+  save_safetensors(to_safetensors(bundle), path);
 }
 
 LoraBundle load_bundle(const std::string& path) {
@@ -327,15 +332,19 @@ LoraBundle load_bundle(const std::string& path) {
   bundle.general_prior = set.general_prior;
   bundle.model_fingerprint = meta("model_fingerprint");
   bundle.encoder_fingerprint = meta("encoder_fingerprint");
-  json training;
-  try {
-    training = json::parse(meta("training"), [&](int depth, json::parse_event_t, json&) {
-      if (depth > 2) throw fail("its training records are nested too deeply");
-      return true;
-    });
-  } catch (const json::exception&) {
-    throw fail("its training records are not JSON");
+  for (const auto& [key, samples] : {std::pair{"model_samples", &bundle.model_samples},
+                                     std::pair{"encoder_samples", &bundle.encoder_samples}}) {
+    const auto it = file.metadata.find(key);
+    if (it == file.metadata.end()) continue;  // an earlier version's
+    try {
+      *samples = weight_samples_from_text(it->second);
+    } catch (const Error& e) {
+      throw fail(e.what());
+    }
   }
+  const json training =
+      parse_json(meta("training"), "'" + path + "' is not a readable Lacuna bundle: its training",
+                 {.depth = 2, .values = 20'000});
   if (!training.is_array() || training.size() != set.concepts.size()) {
     throw fail("its training records do not fit its concepts");
   }

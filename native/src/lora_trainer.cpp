@@ -28,6 +28,7 @@
 #include "lacuna/attention_tap.h"
 #include "lacuna/concept_images.h"
 #include "lacuna/error.h"
+#include "lacuna/json_text.h"
 #include "lacuna/latent_sampler.h"
 #include "lacuna/option_range.h"
 #include "lacuna/prompt_templates.h"
@@ -546,7 +547,7 @@ class Trainer {
         key_weight = weight_of(layer.key, query).t();
         if (options_.suppress_value > 0.0) value_weight = weight_of(layer.value, query).t();
       }
-      const auto row = [&](const at::Tensor& rows) {
+      const auto row = [&query, prompt = prompt](const at::Tensor& rows) {
         return rows.narrow(0, prompt, 1).to(query.options());
       };
       const at::Tensor original = row(job.prompts.embedding.context);
@@ -679,6 +680,8 @@ void check(const LoraTraining& training, const LoraOptions& options) {
   }
   lacuna::check(options.focal);
   check_images(training.images);
+  // A host refuses a model that cannot draw from a text here, before anything is encoded.
+  training.model.latent_shape(options.width, options.height);
 
   const int64_t width = training.encoder.width();
   for (const Layer& layer : layers_of(training.model, width)) {
@@ -698,10 +701,13 @@ void check(const LoraTraining& training, const LoraOptions& options) {
           "LoRAs are not trained on top of adversarial rounds; set 'adversarial rounds' of "
           "Attention Refine to 0");
     }
-    if (refinement->encoder_fingerprint != training.encoder.fingerprint()) {
-      throw Error(
-          "the refinement was made with another text encoder; connect the CLIP that went into "
-          "Attention Refine");
+    const WeightIdentity made{refinement->encoder_fingerprint, refinement->encoder_samples};
+    const WeightIdentity connected = identity_of(training.encoder);
+    const WeightComparison how = compare(made, connected);
+    if (how.match != WeightMatch::kSame) {
+      throw Error("the refinement was made with another text encoder (" +
+                  describe(made, connected, how) +
+                  "); connect the CLIP that went into Attention Refine");
     }
   }
 }
@@ -751,8 +757,13 @@ std::string recipe(const LoraOptions& options, const Refinement* refinement,
 }
 
 std::string recipe_of(const ConceptLora& lora) {
-  const auto json = ordered_json::parse(lora.training, nullptr, false);
-  return json.is_object() && json.contains("recipe") ? json["recipe"].dump() : "";
+  try {
+    const ordered_json json =
+        parse_ordered_json(lora.training, "the training record", {.depth = 8, .values = 10'000});
+    return json.is_object() && json.contains("recipe") ? json["recipe"].dump() : "";
+  } catch (const Error&) {
+    return "";
+  }
 }
 
 void train_loras(const LoraTraining& training, const std::vector<Concept>& concepts,

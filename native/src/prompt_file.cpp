@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "lacuna/error.h"
+#include "lacuna/file_path.h"
 #include "lacuna/text.h"
 
 namespace lacuna {
@@ -186,6 +187,7 @@ std::vector<FilePrompt> parse_prompts(std::string_view bytes, PromptFileFormat f
 }
 
 std::vector<FilePrompt> load_prompts(const std::string& path) {
+  check_path(path);
   const std::string name = fs::path(path).filename().string();
   const std::string extension = fold_case(fs::path(path).extension().string());
   if (extension != ".txt" && extension != ".csv") {

@@ -20,6 +20,7 @@
 #include "lacuna/option_range.h"
 #include "lacuna/prompt_templates.h"
 #include "lacuna/spd_solver.h"
+#include "lacuna/text.h"
 #include "lacuna/token_alignment.h"
 
 namespace lacuna {
@@ -310,9 +311,9 @@ void check_phrases(TextEncoder& encoder, const ConceptSet& set) {
     for (const std::string& prompt : prompts_of(kind, templates, phrase)) {
       const auto needed = static_cast<int64_t>(tokens.of(prompt).size());
       if (needed > encoder.window()) {
-        throw Error("'" + phrase.substr(0, 60) + "' is too long: its prompts need " +
-                    std::to_string(needed) + " tokens, the text encoder reads " +
-                    std::to_string(encoder.window()) + "; shorten the phrase");
+        throw Error(in_quotes(phrase) + " is too long: its prompts need " + std::to_string(needed) +
+                    " tokens, the text encoder reads " + std::to_string(encoder.window()) +
+                    "; shorten the phrase");
       }
     }
   };
@@ -322,11 +323,11 @@ void check_phrases(TextEncoder& encoder, const ConceptSet& set) {
       check_fit(item.kind, item.templates, phrase);
       const std::vector<int64_t>& ids = tokens.of(phrase);
       if (ids.size() <= 2) {
-        throw Error("the text encoder reads nothing in '" + phrase + "'; use other words");
+        throw Error("the text encoder reads nothing in " + in_quotes(phrase) + "; use other words");
       }
       if (ids == tokens.of(item.anchor)) {
-        throw Error("the text encoder reads '" + phrase + "' and its anchor '" + item.anchor +
-                    "' as the same words; choose another anchor");
+        throw Error("the text encoder reads " + in_quotes(phrase) + " and its anchor " +
+                    in_quotes(item.anchor) + " as the same words; choose another anchor");
       }
     }
   }

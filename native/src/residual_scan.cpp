@@ -14,10 +14,10 @@
 #include <set>
 
 #include "lacuna/attention_projection.h"
+#include "lacuna/cached_tensor.h"
 #include "lacuna/concept_prompts.h"
 #include "lacuna/error.h"
 #include "lacuna/general_prior.h"
-#include "lacuna/safetensors_file.h"
 #include "lacuna/text.h"
 #include "lacuna/text_statistics.h"
 #include "lacuna/token_alignment.h"
@@ -32,6 +32,7 @@ constexpr size_t kClosestWords = 40;
 constexpr double kLeak = 0.5;  // share of the concept's content from which on a word leaks
 // Raised when the word list changes, so that old cache files are not used.
 constexpr std::string_view kWordsVersion = "1";
+constexpr std::string_view kCommonWordsFormat = "lacuna.common_words/2";
 
 // What the model reads of a phrase in the prompt "a photo of <phrase>".
 struct PhraseRows {
@@ -201,38 +202,24 @@ at::Tensor word_rows(TextEncoder& encoder, const std::vector<std::string>& words
   if (!encoder.cache_directory().empty() && !encoder.fingerprint().empty()) {
     cache = encoder.cache_directory() + "/common_words_" + encoder.fingerprint() + "_v" +
             std::string(kWordsVersion) + ".safetensors";
-    try {
-      const at::Tensor rows = load_safetensors(cache).tensors.at("rows");
-      if (rows.dim() == 3 && rows.size(0) == static_cast<int64_t>(words.size()) &&
-          rows.size(1) == 2 && rows.size(2) == encoder.width() &&
-          at::isfinite(rows).all().item<bool>()) {
-        return rows.to(at::kDouble);
-      }
-    } catch (const Error&) {
-      // Absent or damaged: computed again below.
-    } catch (const std::out_of_range&) {
-    }
+    const auto known = load_cached(cache, kCommonWordsFormat, at::kFloat,
+                                   {static_cast<int64_t>(words.size()), 2, encoder.width()});
+    if (known) return known->to(at::kDouble);
   }
   std::vector<at::Tensor> rows;
-  constexpr size_t kReported = 16;
+  constexpr size_t kReported = 32;
   for (size_t begin = 0; begin < words.size(); begin += kReported) {
     const size_t end = std::min(words.size(), begin + kReported);
     progress.status("Reading common words: " + std::to_string(begin) + " of " +
                     std::to_string(words.size()) + " (once for each text encoder)");
-    for (const PhraseRows& word :
-         encode_phrases(encoder, {words.begin() + begin, words.begin() + end}, progress)) {
-      rows.push_back(summary(word));
+    std::vector<std::string> prompts;
+    for (size_t i = begin; i < end; ++i) prompts.push_back(std::string(kPrefix) + words[i]);
+    for (const at::Tensor& start : encode_starts(encoder, prompts, progress)) {
+      rows.push_back(start.narrow(0, start.size(0) - 2, 2));
     }
   }
   const at::Tensor all = at::stack(rows);
-  if (!cache.empty()) {
-    try {
-      save_safetensors({{{"rows", all.to(at::kFloat)}}, {{"format", "lacuna.common_words/1"}}},
-                       cache);
-    } catch (const Error&) {
-      // A cache that cannot be written costs time later, never a result.
-    }
-  }
+  if (!cache.empty()) save_cached(all.to(at::kFloat), cache, kCommonWordsFormat);
   return all;
 }
 

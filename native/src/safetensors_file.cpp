@@ -8,12 +8,17 @@
 #include <bit>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <utility>
 #include <vector>
 
 #include "lacuna/error.h"
+#include "lacuna/file_path.h"
+#include "lacuna/json_text.h"
 #include "lacuna/output_file.h"
+#include "lacuna/text.h"
 
 static_assert(std::endian::native == std::endian::little, "safetensors data is little-endian");
 
@@ -22,8 +27,14 @@ namespace {
 
 using nlohmann::json;
 
+// What a size or a stride of a tensor can count, in bytes.
+constexpr uint64_t kMaxBytes = std::numeric_limits<int64_t>::max();
 constexpr uint64_t kMaxHeader = 100'000'000;  // the format's own limit
 constexpr int kMaxDimensions = 8;
+// A bundle of 10,000 concepts of an SD1.x model. A header is read tensor by tensor, so that the
+// values of one count, or those of all metadata.
+constexpr size_t kMaxTensors = 500'000;
+constexpr JsonLimits kHeaderLimits{.depth = 5, .values = 100'000};
 
 constexpr std::array<std::pair<at::ScalarType, const char*>, 10> kTypes{{
     {at::kDouble, "F64"},
@@ -49,7 +60,8 @@ struct Entry {
 class Reader {
  public:
   explicit Reader(const std::string& path) : path_(path), stream_(path, std::ios::binary) {
-    if (!stream_) throw Error("cannot open '" + path + "'");
+    check_path(path);
+    if (!stream_) throw Error("cannot open '" + shown_path(path) + "'");
     stream_.seekg(0, std::ios::end);
     file_size_ = static_cast<uint64_t>(stream_.tellg());
     stream_.seekg(0);
@@ -69,8 +81,10 @@ class Reader {
     SafetensorsFile file;
     std::vector<Entry> entries = parse_header(text, file.metadata);
     // In file order: one pass over the disk, and gaps or overlaps show at once.
-    std::sort(entries.begin(), entries.end(),
-              [](const Entry& a, const Entry& b) { return a.begin < b.begin; });
+    // Empty tensors, which end where they begin, come before what starts there.
+    std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
+      return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
+    });
     uint64_t position = 0;
     for (const Entry& entry : entries) {
       if (entry.begin != position) throw damaged("tensor data overlaps or leaves gaps");
@@ -87,7 +101,7 @@ class Reader {
 
  private:
   Error damaged(const std::string& why) const {
-    return Error("'" + path_ + "' is not a readable safetensors file: " + why);
+    return Error("'" + shown_path(path_) + "' is not a readable safetensors file: " + why);
   }
 
   void read_bytes(void* target, uint64_t size) {
@@ -97,34 +111,30 @@ class Reader {
 
   std::vector<Entry> parse_header(const std::string& text,
                                   std::map<std::string, std::string>& metadata) const {
-    json header;
-    try {
-      header = json::parse(text, [this](int depth, json::parse_event_t, json&) {
-        if (depth > 4) throw damaged("its header is nested too deeply");
-        return true;
-      });
-    } catch (const json::exception&) {
-      throw damaged("its header is not JSON");
-    }
-    if (!header.is_object()) throw damaged("its header is not an object");
     std::vector<Entry> entries;
-    for (const auto& [name, value] : header.items()) {
-      if (name == "__metadata__") {
-        if (!value.is_object()) throw damaged("its metadata is not an object");
-        for (const auto& [key, item] : value.items()) {
-          if (!item.is_string()) throw damaged("its metadata holds more than text");
-          metadata.emplace(key, item.get<std::string>());
-        }
-      } else {
-        entries.push_back(parse_entry(name, value));
+    std::set<std::string> names;
+    const std::string what = std::string(damaged("").what()) + "its header";
+    parse_json_members(text, what, kHeaderLimits, [&](const std::string& name, const json& value) {
+      if (!names.insert(name).second) throw damaged("it names " + in_quotes(name) + " twice");
+      if (names.size() > kMaxTensors) {
+        throw damaged("it holds more than " + std::to_string(kMaxTensors) + " tensors");
       }
-    }
+      if (name != "__metadata__") {
+        entries.push_back(parse_entry(name, value));
+        return;
+      }
+      if (!value.is_object()) throw damaged("its metadata is not an object");
+      for (const auto& [key, item] : value.items()) {
+        if (!item.is_string()) throw damaged("its metadata holds more than text");
+        metadata.emplace(key, item.get<std::string>());
+      }
+    });
     return entries;
   }
 
   Entry parse_entry(const std::string& name, const json& value) const {
     const auto wrong = [&](const std::string& what) {
-      return damaged("tensor '" + name.substr(0, 100) + "' has a wrong " + what);
+      return damaged("tensor " + in_quotes(name, 100) + " has a wrong " + what);
     };
     const auto unsigned_list = [&](const char* key) {
       std::vector<uint64_t> list;
@@ -151,13 +161,14 @@ class Reader {
                                     [&](const auto& item) { return type_name == item.second; });
     if (type == kTypes.end()) throw wrong("dtype (" + type_name.substr(0, 20) + ")");
     entry.type = type->first;
-    // The element count is bounded by the bytes that are really there, so it cannot overflow.
+    // Strides count a size of zero as one: they must not overflow even where nothing is stored.
     uint64_t bytes = c10::elementSize(entry.type);
     for (uint64_t size : shape) {
-      if (size != 0 && bytes > data_size_ / size) throw wrong("shape");
-      bytes *= size;
+      if (size > kMaxBytes / bytes) throw wrong("shape");
+      bytes *= std::max<uint64_t>(size, 1);
       entry.shape.push_back(static_cast<int64_t>(size));
     }
+    if (std::find(shape.begin(), shape.end(), 0u) != shape.end()) bytes = 0;
     if (bytes != entry.end - entry.begin) throw wrong("size");
     return entry;
   }
@@ -172,15 +183,15 @@ class Reader {
 
 SafetensorsFile load_safetensors(const std::string& path) { return Reader(path).read(); }
 
-void save_safetensors(const SafetensorsFile& file, const std::string& path) {
+void write_safetensors(const SafetensorsFile& file, OutputFile& out) {
   nlohmann::ordered_json header;
   if (!file.metadata.empty()) header["__metadata__"] = file.metadata;
   std::vector<at::Tensor> data;
   uint64_t offset = 0;
   for (const auto& [name, tensor] : file.tensors) {
-    const auto* type = std::find_if(kTypes.begin(), kTypes.end(), [&](const auto& item) {
-      return item.first == tensor.scalar_type();
-    });
+    const auto* type = std::find_if(
+        kTypes.begin(), kTypes.end(),
+        [&tensor = tensor](const auto& item) { return item.first == tensor.scalar_type(); });
     if (type == kTypes.end())
       throw Error("tensor '" + name + "' has a type safetensors cannot hold");
     data.push_back(tensor.detach().to(at::kCPU).contiguous());
@@ -194,11 +205,11 @@ void save_safetensors(const SafetensorsFile& file, const std::string& path) {
   try {
     text = header.is_null() ? "{}" : header.dump();
   } catch (const json::exception&) {
-    throw Error("cannot write '" + path + "': its metadata is not valid UTF-8 text");
+    throw Error("cannot write '" + shown_path(out.name()) +
+                "': its metadata is not valid UTF-8 text");
   }
   text.append((8 - text.size() % 8) % 8, ' ');  // data starts aligned
 
-  OutputFile out(path);
   const uint64_t header_size = text.size();
   std::string prefix(8, '\0');
   std::memcpy(prefix.data(), &header_size, 8);
@@ -207,6 +218,11 @@ void save_safetensors(const SafetensorsFile& file, const std::string& path) {
   for (const at::Tensor& tensor : data) {
     out.write({static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes()});
   }
+}
+
+void save_safetensors(const SafetensorsFile& file, const std::string& path) {
+  OutputFile out(path);
+  write_safetensors(file, out);
   out.commit();
 }
 

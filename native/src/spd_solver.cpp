@@ -50,7 +50,7 @@ SpdSolver::SpdSolver(const at::Tensor& matrix, double floor_ratio) {
     auto [factor, info] = at::linalg_cholesky_ex(g);
     if (info.item<int>() == 0) {
       const double inverse_norm = dominant_eigenvalue(
-          d, [&](const at::Tensor& v) { return at::cholesky_solve(v, factor); });
+          d, [&factor = factor](const at::Tensor& v) { return at::cholesky_solve(v, factor); });
       const double smallest = inverse_norm > 0.0 ? 1.0 / inverse_norm : 0.0;
       if (attempt > 0 || smallest >= floor) {
         factor_ = factor;

@@ -33,6 +33,11 @@ def _rejection(server: Server, graph: Graph, node: str) -> list[str]:
         ({"concepts": "owl -> tree", "preserve": "ship\nowl"}, ["owl", "preserve"]),
         ({"concepts": '{"format": "lacuna.concepts/1", "concepts": ['}, ["JSON"]),
         ({"concepts": '{"format": "lacuna.concepts/9", "concepts": []}'}, ["lacuna.concepts"]),
+        ({"concepts": "{“format”: 1}"}, ["JSON", "straight"]),
+        ({"concepts": "猫" * 600}, ["猫", "longer than 500"]),
+        ({"concepts": "owl; ship; cat"}, ["semicolons"]),
+        ({"concepts": "(hamburger:1.3)"}, ["prompt syntax"]),
+        ({"concepts": "owl", "preserve": "ship -> boat"}, ["preserve list", "arrow"]),
         ({"kind": "animal"}, ["kind", "animal"]),
         ({"templates": 99}, ["templates"]),
     ],
@@ -45,6 +50,17 @@ def test_concept_set(
     assert len(sentences) == 1, sentences
     for word in words:
         assert word.lower() in sentences[0].lower()
+
+
+def test_a_pasted_list_is_read_and_the_node_says_how(server: Server, build: Builder) -> None:
+    run = server.run(
+        build.edit()
+        | build.concepts(concepts="\ufeff- hamburger → apple\n- “owl”")
+        | build.report()
+    )
+    said = run.outputs["set"]["text"][0]
+    assert "'hamburger' -> 'apple'" in said and "'owl' -> 'scenery'" in said, said
+    assert "'→' read as '->'" in said and "byte-order mark" in said, said
 
 
 @pytest.mark.parametrize(
@@ -62,6 +78,22 @@ def test_attention_refine(
 ) -> None:
     sentences = _rejection(server, build.edit(**values) | build.report(), "refine")
     assert len(sentences) == 1 and word in sentences[0]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("", "the filename prefix is empty"),
+        ("loras/a\0b", "holds a NUL character"),
+        ("x" * 300, "too long"),
+        ("../x", "leaves the output folder"),
+    ],
+)
+def test_names_of_files(server: Server, build: Builder, prefix: str, words: str) -> None:
+    inputs = {"lora": ["refine", 2], "filename_prefix": prefix}
+    graph = build.edit() | {"save": {"class_type": "LacunaSaveLoRA", "inputs": inputs}}
+    sentences = _rejection(server, graph, "save")
+    assert len(sentences) == 1 and words in sentences[0] and len(sentences[0]) < 400
 
 
 def test_linked_text_is_judged_when_it_is_known(server: Server, build: Builder) -> None:

@@ -42,7 +42,7 @@ def test_the_sentence_arrives_and_the_server_lives(crippled: Server, schemas: li
         (sentence,) = refused.value.sentences()
         assert "native module is missing" in sentence
         assert "torch 2.99 on Python" in sentence  # what is there
-        assert "pip install --no-build-isolation ." in sentence  # what to do
+        assert "build_module.py --into" in sentence  # what to do
     assert crippled.get("/system_stats")
 
 

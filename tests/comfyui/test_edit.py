@@ -195,7 +195,11 @@ def test_conditioning_equals_weights(server: Server, build: Builder) -> None:
     latents = []
     for kind in ("weights", "conditioning"):
         graph = build.edit(apply_as=kind) | build.sample(["refine", 0], kind)
-        latents.append(_latent(server, server.run(graph), f"{kind}_save"))
+        run = server.run(graph)
+        latents.append(_latent(server, run, f"{kind}_save"))
+        # Only the one that no saver writes says so, and these weights are not packed.
+        report = run.outputs["refine"]["text"][0]
+        assert ("Save Checkpoint" in report) == (kind == "conditioning") and "packed" not in report
     torch.testing.assert_close(*latents, rtol=1e-3, atol=1e-3)
 
 
@@ -319,6 +323,24 @@ def test_no_place_for_the_text_cache(server: Server, build: Builder) -> None:
     finally:
         folder.unlink()
         folder.symlink_to(target)
+
+
+def test_names_of_files_are_filled_in(server: Server, build: Builder) -> None:
+    """The page does it for ComfyUI's own savers only, so ours do it themselves."""
+    prefix = "named/%LacunaAttentionRefine.strength%_%Edit.method%_%Words.kind%_%date:yyyy%_%year%"
+    save = {"class_type": "LacunaSaveLoRA",
+            "inputs": {"lora": ["refine", 2], "filename_prefix": prefix}}  # fmt: skip
+    graph = build.edit() | {"save": save}
+    graph["refine"] = graph["refine"] | {"_meta": {"title": "Edit"}}
+    page = {"nodes": [{"id": "set", "properties": {"Node name for S&R": "Words"}}]}
+    extra = {"extra_pnginfo": {"workflow": page}}
+    prompt = server.post("/prompt", {"prompt": graph, "extra_data": extra})["prompt_id"]
+    run = server.wait(prompt)
+    assert run.status == "success", run.error
+    year = time.localtime().tm_year
+    assert [file.name for file in (server.output / "named").iterdir()] == [
+        f"1_uce_object_{year}_{year}_00001_.safetensors"
+    ]
 
 
 def test_no_place_for_the_lora(server: Server, build: Builder) -> None:

@@ -241,7 +241,7 @@ TEST(SearchedPrompts, ComeNearerThanChanceWithoutTheConceptsWords) {
   }
   EXPECT_EQ(searched_prompts(encoder, item, 5, 3, progress), found);
   EXPECT_NE(searched_prompts(encoder, item, 5, 4, progress), found);
-  progress.cancel_at = progress.checks + 20;
+  progress.cancel_at = progress.checks + 8;
   EXPECT_THROW(searched_prompts(encoder, item, 5, 3, progress), testing::Cancelled);
 }
 

@@ -5,6 +5,7 @@
 
 #include "lacuna/error.h"
 #include "lacuna/text.h"
+#include "lacuna/typed_list.h"
 #include "support/message_of.h"
 #include "support/random_data.h"
 
@@ -20,8 +21,39 @@ ConceptSet parse(const std::string& text, ConceptDefaults defaults = {}) {
 TEST(Text, Rules) {
   EXPECT_EQ(normalize_phrase("  van \t gogh\n style "), "van gogh style");
   EXPECT_EQ(normalize_phrase(" \n"), "");
-  EXPECT_EQ(fold_case("Van GOGH \xC3\x89"), "van gogh \xC3\x89");
+  // No-break and ideographic spaces, zero width, byte-order mark, soft hyphen, NFD.
+  EXPECT_EQ(normalize_phrase("\u00a0van\u3000gogh\u200b\ufeff sty\u00adle\u2009"),
+            "van gogh style");
+  EXPECT_EQ(normalize_phrase("e\u0301clair"), "\u00e9clair");
+  // Emoji and scripts need their joiners.
+  EXPECT_EQ(normalize_phrase("\u200d👩\u200d🚀 \u200cowl\u200d"), "👩\u200d🚀 owl");
+  EXPECT_EQ(normalize_phrase("\u0646\u200c\u0645"), "\u0646\u200c\u0645");
+  EXPECT_EQ(normalize_phrase("a\xff b"), "a\xff b");
+  EXPECT_EQ(fold_case("Van GOGH \xC3\x89"), "van gogh \xC3\xA9");
   EXPECT_EQ(split_lines("a\r\nb\rc\nd"), (std::vector<std::string>{"a", "b", "c", "d"}));
+}
+
+TEST(Text, CaseIsFoldedAsEncodersDo) {
+  EXPECT_EQ(fold_case("\u00c9CLAIR"), fold_case("e\u0301clair"));
+  EXPECT_EQ(fold_case("ΟΔΟΣ"), fold_case("οδος"));
+  EXPECT_EQ(fold_case("ПРИВЕТ"), "привет");
+  EXPECT_NE(fold_case("Straße"), fold_case("strasse"));  // other tokens, too
+  EXPECT_EQ(fold_case("A\xff"), "a\xff");
+}
+
+TEST(Text, MessagesCanBeShown) {
+  std::string cjk;
+  for (int i = 0; i < 200; ++i) cjk += "猫";
+  EXPECT_EQ(in_quotes("owl"), "'owl'");
+  EXPECT_EQ(in_quotes(cjk, 3), "'猫猫猫...'");
+  EXPECT_EQ(in_quotes("a\xff\x01"), "'a\uFFFD '");
+  for (const std::string& text : {cjk, std::string("a\xe7\x8c"), std::string(1'000'000, 'x'),
+                                  std::string(10'000, '\xe7'), std::string("a\0b", 3)}) {
+    const std::string message = Error("cannot read " + text + "; do this").what();
+    EXPECT_TRUE(is_utf8(message));
+    EXPECT_LE(count_characters(message), 1'250u);
+    EXPECT_TRUE(message.starts_with("cannot read ") && message.ends_with("; do this")) << message;
+  }
 }
 
 TEST(ConceptLines, TheWholeSyntax) {
@@ -73,6 +105,162 @@ TEST(ConceptLines, ErrorsNameTheLine) {
   EXPECT_NE(message_of([&] { parse_preserve_lines(huge, {}); }), "");
 }
 
+// What a paste is read as, one concept after the other: target>anchor|synonym|synonym.
+std::string read(const std::string& text, const std::string& anchor = "") {
+  std::string out;
+  for (const Concept& item : parse(text, {.anchor = anchor}).concepts) {
+    out += (out.empty() ? "" : " / ") + item.target + (item.anchor == "scenery" ? "" : ">") +
+           (item.anchor == "scenery" ? "" : item.anchor);
+    for (const std::string& synonym : item.synonyms) out += "|" + synonym;
+  }
+  return out;
+}
+
+std::string notes_of(const std::string& text) {
+  ReadingNotes notes;
+  parse_concepts(text, {}, &notes);
+  return notes.text();
+}
+
+TEST(PastedLists, WhatCanMeanOneThingIsReadAndTold) {
+  const struct {
+    std::string pasted, read, told;
+  } cases[] = {
+      {"hamburger → apple", "hamburger>apple", "'→' read as '->'"},
+      {"hamburger ➡️ apple", "hamburger>apple", "read as '->'"},
+      {"hamburger => apple", "hamburger>apple", "'=>' read"},
+      {"hamburger --> apple", "hamburger>apple", "'-->' read"},
+      {"hamburger==>apple", "hamburger>apple", "'==>' read"},
+      {"hamburger —> apple", "hamburger>apple", "read as '->'"},
+      {"hamburger －＞ apple", "hamburger>apple", "read as '->'"},
+      {"hamburger -&gt; apple", "hamburger>apple", "'-&gt;' read"},
+      {"hamburger ⟶ apple", "hamburger>apple", "read as '->'"},
+      {"dog ｜ puppy， hound、pup; whelp", "dog|puppy|hound|pup|whelp", "'｜' read as '|'"},
+      {"- owl\n* cat\n• dog\n–  cow\n•hen\n- [ ] pig\n> emu",
+       "owl / cat / dog / cow / hen / pig / emu",
+       "Lines 1, 2, 3, 4, 5 and 2 more: bullets left out."},
+      {"1. pizza\n2. owl -> cat", "pizza / owl>cat", "numbers of lines left out"},
+      {"1) pizza\n\n2) owl", "pizza / owl", "Lines 1, 3: numbers"},
+      {"1、披萨\n2、猫", "披萨 / 猫", "numbers"},
+      {"1. pizza\n1. owl", "pizza / owl", "numbers"},
+      {"\"owl\"", "owl", "quotes left out"},
+      {"“owl” -> 'barn owl' | «uhu», 「梟」", "owl>barn owl|uhu|梟", "quotes left out"},
+      {"'owl',\n'ship',", "owl / ship", "separators at the end left out"},
+      {"**owl**\n`ship`\n*cat*", "owl / ship / cat", "emphasis left out"},
+      {"\ufeffchurch\nowl", "church / owl", "Line 1: an invisible byte-order mark left out."},
+      {"church\u200b\nvan\u00a0gogh", "church / van gogh",
+       "Line 1: invisible characters left out."},
+      {"```\nowl\nship\n```", "owl / ship", "Lines 1, 4: the fence of ``` left out."},
+      {"```text\nowl\n```\n", "owl", "fence"},
+      {"owl\n---\nship", "owl / ship", "ruled line"},
+      {"owl\u2028ship", "owl / ship", ""},
+      {"[\"owl\", \"hamburger => apple | burger\"]", "owl / hamburger>apple|burger", "a JSON list"},
+      {"[{\"target\": \"owl\", \"anchor\": \"tree\"}, \"cat\"]", "owl>tree / cat", "a JSON list"},
+      {"\ufeff```json\n{\"format\": \"lacuna.concepts/1\", \"concepts\": [{\"target\": "
+       "\"owl\"}]}\n```",
+       "owl", "fence"},
+      {"e\u0301clair", "\u00e9clair", ""},
+  };
+  for (const auto& item : cases) {
+    EXPECT_EQ(read(item.pasted), item.read) << item.pasted;
+    const std::string notes = notes_of(item.pasted);
+    EXPECT_NE(notes.find(item.told), std::string::npos) << item.pasted << " -> " << notes;
+    EXPECT_EQ(notes.find("Check"), std::string::npos) << item.pasted << " -> " << notes;
+  }
+}
+
+TEST(PastedLists, PhrasesThatOnlyLookLikeListsStay) {
+  for (const char* phrase : {"1984",
+                             "7-eleven",
+                             "t-shirt",
+                             "c#",
+                             "c++",
+                             ".net",
+                             "3.5 mm jack",
+                             "2001: a space odyssey",
+                             "rock 'n' roll",
+                             "'n sync",
+                             "caf\u00e9 \"bar\"",
+                             "\"heroes\" album",
+                             "steins;gate",
+                             "<3",
+                             "<sks>",
+                             "mercury (planet)",
+                             "x-men",
+                             "-owl",
+                             "$",
+                             "♥",
+                             "a_b__c",
+                             "AC/DC",
+                             "😀"}) {
+    EXPECT_EQ(read(phrase), phrase);
+    EXPECT_EQ(notes_of(phrase), "") << phrase;
+  }
+}
+
+TEST(PastedLists, GuessesAreDoubts) {
+  const auto doubt = [](const std::string& text, const std::string& as, const std::string& told) {
+    EXPECT_EQ(read(text), as);
+    const std::string notes = notes_of(text);
+    EXPECT_NE(notes.find("Check line 1: "), std::string::npos) << text << " -> " << notes;
+    EXPECT_NE(notes.find(told), std::string::npos) << text << " -> " << notes;
+  };
+  doubt("hamburger, owl, ship", "hamburger, owl, ship", "one phrase, commas and all");
+  doubt("猫、狗", "猫、狗", "commas and all");
+  doubt("1. FC Union", "1. FC Union", "with its number");
+  doubt("(owl)", "(owl)", "parentheses");
+  doubt("owl\ttree", "owl tree", "a tab inside");
+}
+
+TEST(PastedLists, WhatCannotBeMeantIsRefused) {
+  const auto refuse = [](const std::string& text, const std::string& expected) {
+    const std::string message = message_of([&] { parse("fine\n" + text); });
+    EXPECT_NE(message.find(expected), std::string::npos) << text << " -> '" << message << "'";
+    EXPECT_NE(message.find("line 2"), std::string::npos) << text << " -> '" << message << "'";
+    ReadingNotes notes;
+    EXPECT_NE(message_of([&] { typed_phrases(text, "list", notes); }), "") << text;
+  };
+  refuse("a; b; c", "semicolons");
+  refuse("猫；狗", "semicolons");
+  refuse("(hamburger:1.3)", "'(hamburger:1.3)' is prompt syntax");
+  refuse("an owl <lora:x:1>", "'<lora:x:1>' is prompt syntax");
+  refuse("{owl|ship}", "'{owl|ship}' is prompt syntax");
+  refuse("[owl:ship:0.5]", "prompt syntax");
+  refuse("((owl))", "prompt syntax");
+  refuse("__animals__", "prompt syntax");
+  for (const char* lone : {"-", "{", "?!", "…", "。", "\"\"", "->"}) refuse(lone, "");
+  refuse("-", "punctuation alone");
+  refuse("owl -> .", "punctuation alone");
+  refuse("boat <- ship", "target -> anchor");
+  refuse("ship ↔ boat", "target -> anchor");
+  refuse("ship > boat", "target -> anchor");
+  EXPECT_NE(message_of([] { parse("{owl|ship}"); }).find("prompt syntax"), std::string::npos);
+  EXPECT_NE(message_of([] { parse("Here you are:\n```\nowl\n```"); }).find("outside the fence"),
+            std::string::npos);
+  EXPECT_NE(message_of([] { parse("x\n\xff"); }).find("UTF-8"), std::string::npos);
+  EXPECT_NE(message_of([] { parse("owl", {.anchor = "a -> b"}); }).find("arrow"),
+            std::string::npos);
+  EXPECT_EQ(read("owl", "\"the sky\""), "owl>the sky");
+}
+
+TEST(PastedLists, PhrasesAloneAreReadTheSameWay) {
+  const auto phrases_of = [](const std::string& text) {
+    std::string out;
+    for (const PreservedPhrase& item : parse_preserve_lines(text, {})) {
+      out += (out.empty() ? "" : " / ") + item.phrase;
+    }
+    return out;
+  };
+  EXPECT_EQ(phrases_of("\ufeff- \"wolf\"  # why\n- cat,\n- c#"), "wolf / cat / c#");
+  EXPECT_EQ(phrases_of("```\n1. wolf\n2. cat\n```"), "wolf / cat");
+  EXPECT_EQ(phrases_of("[\"wolf\", \"cat\"]"), "wolf / cat");
+  for (const char* bad : {"ship -> boat", "ship → boat", "cat | kitty", "cat ｜ kitty", "[1]",
+                          "{\"format\": \"lacuna.concepts/1\"}"}) {
+    EXPECT_NE(message_of([&] { phrases_of(bad); }).find("the preserve list"), std::string::npos)
+        << bad;
+  }
+}
+
 TEST(ConceptSetRules, EachHasItsSentence) {
   const auto refuse = [](const std::string& concepts, const std::string& preserve,
                          const std::string& expected) {
@@ -85,6 +273,9 @@ TEST(ConceptSetRules, EachHasItsSentence) {
   refuse("cat -> Cat", "", "its own anchor");
   refuse("dog -> x | X", "", "its own anchor");
   refuse("cat\nCAT", "", "listed twice");
+  refuse("Éclair\néclair", "", "listed twice");
+  refuse("e\u0301clair\n\u00e9clair", "", "listed twice");
+  refuse("ПРИВЕТ", "привет", "both erased and preserved");
   refuse("cat -> a | dog\ndog -> b", "", "listed twice");
   refuse("cat", "wolf\n Cat # note", "both erased and preserved");
   refuse("cat | kitty", "kitty", "both erased and preserved");
@@ -124,7 +315,7 @@ TEST(ConceptJson, ErrorsNameTheMember) {
     EXPECT_NE(message.find(expected), std::string::npos) << json << " -> '" << message << "'";
   };
   const std::string head = R"({"format": "lacuna.concepts/1", )";
-  refuse("{", "cannot be read");
+  refuse("{", "cannot be read as JSON");
   refuse("[]", "must be an object");
   refuse("{}", "'format' is missing");
   refuse(R"({"format": "other/1"})", "other/1");
@@ -140,12 +331,13 @@ TEST(ConceptJson, ErrorsNameTheMember) {
   refuse(head + R"("preserve": [{}]})", "preserved phrase 1");
   refuse(head + R"("general_prior": "big"})", "big");
   refuse(std::string(100'000, '['), "nested");
-  refuse("{\"format\": \"\xff\"}", "cannot be read");
+  refuse("{\"format\": \"\xff\"}", "UTF-8");
   refuse(std::string(5 << 20, ' '), "4 MiB");
   std::string many = head + R"("preserve": [)";
   for (int i = 0; i < 10'001; ++i) many += (i ? ",\"a\"" : "\"a\"");
   refuse(many + "]}", "10000");
-  ConceptSet broken = parse("\xff");
+  ConceptSet broken = parse("x");
+  broken.concepts[0].target = "\xff";
   EXPECT_NE(message_of([&] { to_json(broken); }).find("UTF-8"), std::string::npos);
 }
 

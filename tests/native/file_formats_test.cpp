@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // safetensors and pictures: round trips, damaged and hostile files, failed writes.
 #include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <chrono>
 #include <csignal>
 #include <cstring>
 #include <filesystem>
@@ -13,13 +16,16 @@
 #include "lacuna/error.h"
 #include "lacuna/image_file.h"
 #include "lacuna/output_file.h"
+#include "lacuna/prompt_file.h"
 #include "lacuna/safetensors_file.h"
+#include "support/message_of.h"
 #include "support/random_data.h"
 
 namespace lacuna {
 namespace {
 
 namespace fs = std::filesystem;
+using testing::message_of;
 
 class FileTest : public testing::DeviceTest {
  protected:
@@ -99,6 +105,12 @@ TEST_P(FileTest, HostileSafetensorsAreErrors) {
       safetensors(entry("F32", "[1.5]", "[0,4]"), four),
       safetensors(entry("F32", "[4611686018427387904,4]", "[0,4]"), four),  // overflows
       safetensors(entry("F32", "[1,1,1,1,1,1,1,1,1]", "[0,4]"), four),
+      // Nothing is stored, but the size is no size of a tensor, or its strides overflow.
+      safetensors(entry("F32", "[0,18446744073709551615]", "[0,0]")),
+      safetensors(entry("F32", "[18446744073709551615,0]", "[0,0]")),
+      safetensors(entry("U8", "[0,9223372036854775807,2]", "[0,0]")),
+      safetensors(entry("F64", "[4611686018427387904,0,4611686018427387904]", "[0,0]")),
+      safetensors(entry("F32", "[0]", "[0,4]"), four),
       safetensors(entry("F99", "[1]", "[0,4]"), four),
       safetensors(R"({"t":{"shape":[1],"data_offsets":[0,4]}})", four),
       safetensors(entry("F32", "[1]", "[0]"), four),
@@ -114,6 +126,22 @@ TEST_P(FileTest, HostileSafetensorsAreErrors) {
     EXPECT_THROW(load_safetensors(path), Error) << "case " << i;
   }
   EXPECT_THROW(load_safetensors(folder_.path("absent")), Error);
+}
+
+// Writers may store them in any order beside the tensor that starts at the same place.
+TEST_P(FileTest, EmptyTensorsMayLieAnywhere) {
+  const std::string path = folder_.path("e.safetensors");
+  for (const char* names : {"abc", "cba", "bca", "bac"}) {
+    const auto entry = [](char name, const char* shape, const char* offsets) {
+      return std::string("\"") + name + R"(":{"dtype":"F32","shape":)" + shape +
+             R"(,"data_offsets":)" + offsets + "}";
+    };
+    const std::string header = "{" + entry(names[0], "[1]", "[0,4]") + "," +
+                               entry(names[1], "[3,0]", "[0,0]") + "," +
+                               entry(names[2], "[0]", "[4,4]") + "}";
+    write(path, safetensors(header, "1234"));
+    EXPECT_EQ(load_safetensors(path).tensors.size(), 3u) << names;
+  }
 }
 
 TEST_P(FileTest, MutatedSafetensorsNeverCrash) {
@@ -179,34 +207,90 @@ TEST_P(FileTest, FullDiskLeavesNoPartialFile) {
   EXPECT_EQ(files_in_folder(), 0u);
 }
 
-TEST_P(FileTest, PngRoundTripWithText) {
+TEST_P(FileTest, PngHasItsSizeAndText) {
   const at::Tensor image =
       at::randint(0, 256, {9, 13, 3}, at::kLong).to(device(), at::kFloat) / 255;
   const std::string path = folder_.path("a.png");
   save_png(image * 1.0, path, {{"prompt", "{\"1\": {}}"}});
-  EXPECT_LT((load_image(path) - image.cpu()).abs().max().item<double>(), 1e-6);
-  EXPECT_NE(bytes_of(path).find(std::string("tEXtprompt\0{\"1\": {}}", 20)), std::string::npos);
-  // Values outside 0..1 are clamped, not wrapped.
-  save_png(at::full({2, 2, 3}, 1.5), path);
-  EXPECT_EQ(load_image(path).min().item<double>(), 1.0);
+  const std::string bytes = bytes_of(path);
+  EXPECT_EQ(bytes.substr(0, 8), "\x89PNG\r\n\x1a\n");
+  EXPECT_EQ(bytes.substr(12, 12), std::string("IHDR\0\0\0\r\0\0\0\t", 12));
+  EXPECT_NE(bytes.find(std::string("tEXtprompt\0{\"1\": {}}", 20)), std::string::npos);
 }
 
 TEST_P(FileTest, BadPicturesAreErrors) {
   EXPECT_THROW(save_png(at::zeros({3, 3}), folder_.path("x.png")), Error);
   EXPECT_THROW(save_png(at::zeros({3, 3, 4}), folder_.path("x.png")), Error);
-  EXPECT_THROW(load_image(folder_.path("absent.png")), Error);
-  save_png(at::rand({8, 8, 3}), folder_.path("good.png"));
-  std::string bytes = bytes_of(folder_.path("good.png"));
-  write(folder_.path("cut.png"), bytes.substr(0, 60));
-  EXPECT_THROW(load_image(folder_.path("cut.png")), Error);
-  write(folder_.path("text.png"), "hello");
-  EXPECT_THROW(load_image(folder_.path("text.png")), Error);
-  // A header that claims 50000 x 50000 pixels is refused before anything is reserved.
-  const std::string size{'\0', '\0', static_cast<char>(0xC3), static_cast<char>(0x50)};
-  bytes.replace(16, 4, size);
-  bytes.replace(20, 4, size);
-  write(folder_.path("huge.png"), bytes);
-  EXPECT_THROW(load_image(folder_.path("huge.png")), Error);
+  EXPECT_EQ(files_in_folder(), 0u);
+}
+
+// C functions end a name at NUL: "a.png\0" would be written without a temporary name, or another
+// file read than the one that was named.
+TEST_P(FileTest, ANameWithNulIsRefused) {
+  const std::string path = folder_.path(std::string("a.png\0", 6));
+  write(folder_.path("a.png"), "old");
+  for (const auto& call : std::vector<std::function<void()>>{
+           [&] { OutputFile file(path); }, [&] { save_png(at::rand({2, 2, 3}), path); },
+           [&] { save_safetensors({{{"a", at::rand({2})}}, {}}, path); },
+           [&] { load_safetensors(path); }, [&] { load_prompts(path); }}) {
+    const std::string message = message_of(call);
+    EXPECT_NE(message.find("a.png?' holds a NUL character"), std::string::npos) << message;
+    EXPECT_EQ(message.find('\0'), std::string::npos);
+  }
+  EXPECT_EQ(bytes_of(folder_.path("a.png")), "old");
+  EXPECT_EQ(files_in_folder(), 1u);
+}
+
+TEST_P(FileTest, AFailedWriteSaysWhy) {
+  const auto refusal = [](const std::string& path) {
+    return message_of([&] { OutputFile file(path); });
+  };
+  EXPECT_NE(refusal("/proc/nowhere/file").find("(No such file or directory)"), std::string::npos);
+  const std::string message = refusal(folder_.path(std::string(5000, 'x') + "/file"));
+  EXPECT_NE(message.find("the name is too long"), std::string::npos) << message;
+  EXPECT_LT(message.size(), 400u);
+}
+
+TEST_P(FileTest, NumbersAreTakenOnce) {
+  const auto save = [&] {
+    OutputFile file = OutputFile::numbered(folder_.path("a/b"), ".txt");
+    file.write("x");
+    return file.commit();
+  };
+  EXPECT_TRUE(save().ends_with("a/b_00001_.txt"));
+  {
+    OutputFile first = OutputFile::numbered(folder_.path("a/b"), ".txt");
+    OutputFile second = OutputFile::numbered(folder_.path("a/b"), ".txt");
+    EXPECT_TRUE(second.commit().ends_with("b_00002_.txt"));
+    EXPECT_TRUE(first.commit().ends_with("b_00003_.txt"));
+  }
+  EXPECT_EQ(files_in_folder(), 4u);
+}
+
+// What a killed process was writing goes with the next save in that folder, once it is old; what
+// others write, and what is not ours, stays.
+TEST_P(FileTest, LeftoversOfKilledProcessesAreRemoved) {
+  const pid_t child = fork();
+  if (child == 0) {
+    OutputFile file(folder_.path("big"));
+    file.write("half of");
+    raise(SIGKILL);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  ASSERT_TRUE(WIFSIGNALED(status));
+  ASSERT_EQ(files_in_folder(), 1u);
+  const fs::path left = *fs::directory_iterator(folder_.path(""));
+  write(folder_.path("theirs.tmp"), "x");
+  const auto save = [&] { save_safetensors({{{"a", at::rand({2})}}, {}}, folder_.path("small")); };
+  save();
+  EXPECT_TRUE(fs::exists(left));  // somebody may be at it
+  for (const fs::path& file : {left, fs::path(folder_.path("theirs.tmp"))}) {
+    fs::last_write_time(file, fs::last_write_time(file) - std::chrono::hours(2));
+  }
+  save();
+  EXPECT_FALSE(fs::exists(left));
+  EXPECT_EQ(files_in_folder(), 2u);
 }
 
 }  // namespace

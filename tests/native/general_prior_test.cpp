@@ -3,9 +3,11 @@
 
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <set>
 
 #include "lacuna/prompt_templates.h"
+#include "lacuna/safetensors_file.h"
 #include "support/fake_host.h"
 #include "support/random_data.h"
 
@@ -103,6 +105,35 @@ TEST_P(GeneralPriorTest, IsCachedUnderTheEncodersHash) {
   EXPECT_EQ(encoder.encoded_prompts, 600);
   encoder.cache_directory_ = "/proc/nowhere";  // cannot be written: still works
   EXPECT_TRUE(at::equal(general_prior_gram(encoder, GeneralPriorSize::kSmall, progress), first));
+}
+
+// One bit of a number that stays finite would change every result, without a word.
+TEST_P(GeneralPriorTest, ACacheThatCannotBeTrustedIsComputedAgain) {
+  FakeTextEncoder encoder(8, device());
+  encoder.cache_directory_ = folder_.path("");
+  SilentProgress progress;
+  const at::Tensor first = general_prior_gram(encoder, GeneralPriorSize::kSmall, progress);
+  const std::string file = only_file();
+  std::ifstream stream(file, std::ios::binary);
+  const std::string good{std::istreambuf_iterator<char>(stream), {}};
+  std::string flipped = good;
+  flipped[flipped.size() - 100] ^= 0x10;
+  const std::string header =
+      R"({"tensor":{"dtype":"F64","shape":[0,18446744073709551615],"data_offsets":[0,0]}})";
+  std::string negative(8, '\0');
+  negative[0] = static_cast<char>(header.size());
+  negative += header;
+  save_safetensors({{{"gram", first + 1.0}}, {{"format", "lacuna.general_prior/1"}}}, file);
+  std::ifstream written(file, std::ios::binary);
+  const std::string of_an_earlier_version{std::istreambuf_iterator<char>(written), {}};
+  for (const std::string& bytes : {flipped, negative, of_an_earlier_version}) {
+    std::ofstream(file, std::ios::trunc | std::ios::binary) << bytes;
+    const int64_t before = encoder.encoded_prompts;
+    EXPECT_TRUE(at::equal(general_prior_gram(encoder, GeneralPriorSize::kSmall, progress), first));
+    EXPECT_EQ(encoder.encoded_prompts, before + 200);
+    general_prior_gram(encoder, GeneralPriorSize::kSmall, progress);
+    EXPECT_EQ(encoder.encoded_prompts, before + 200);
+  }
 }
 
 TEST_P(GeneralPriorTest, CancellingLeavesNoFile) {

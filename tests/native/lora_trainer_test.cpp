@@ -646,7 +646,7 @@ class CertainDenoiser final : public FakeDenoiser {
   std::vector<double> sigmas;
 };
 
-TEST(LatentSamplerTest, EulerEndsAtWhatTheModelSeesWithGuidance) {
+TEST(EulerSamplerTest, EndsAtWhatTheModelSeesWithGuidance) {
   CertainDenoiser model;
   LatentRequest request;
   request.noise = at::randn({2, 4, 8, 8});

@@ -3,6 +3,8 @@
 #include "lacuna/residual_scan.h"
 
 #include <algorithm>
+#include <filesystem>
+#include <fstream>
 #include <set>
 
 #include "support/fake_host.h"
@@ -204,6 +206,44 @@ TEST_P(ResidualScanTest, CommonWordsAreEncodedOnce) {
   EXPECT_LT(clip_->encoded_prompts - all, 30);
   ASSERT_EQ(second.concepts[0].leaks.size(), first.concepts[0].leaks.size());
   EXPECT_EQ(second.concepts[0].neighbours, first.concepts[0].neighbours);
+
+  // A damaged file is not believed: one bit of the last word's numbers.
+  const std::filesystem::path file = *std::filesystem::directory_iterator(folder.path(""));
+  std::fstream stream(file, std::ios::binary | std::ios::in | std::ios::out);
+  stream.seekg(-20, std::ios::end);
+  const int byte = stream.get();
+  stream.seekp(-20, std::ios::end);
+  stream.put(static_cast<char>(byte ^ 1));
+  stream.close();
+  const int64_t before = clip_->encoded_prompts;
+  scan(with_exact_edit());
+  EXPECT_GT(clip_->encoded_prompts - before, 30);
+}
+
+// A host that computes no more positions than it is asked for, and counts them.
+class StartsOnly final : public FakeTextEncoder {
+ public:
+  using FakeTextEncoder::FakeTextEncoder;
+  at::Tensor encode_start(const std::vector<std::string>& prompts, int64_t length) override {
+    positions += static_cast<int64_t>(prompts.size()) * length;
+    largest_call = std::max(largest_call, static_cast<int64_t>(prompts.size()) * length);
+    return FakeTextEncoder::encode_start(prompts, length);
+  }
+  int64_t positions = 0;
+  int64_t largest_call = 0;
+};
+
+TEST_P(ResidualScanTest, PaddingOfCommonWordsIsNotComputed) {
+  const ResidualScan whole = scan(with_exact_edit());
+  const auto starts = std::make_shared<StartsOnly>(kWidth, device());
+  clip_ = starts;
+  const ResidualScan result = scan(with_exact_edit());
+  const auto words = static_cast<int64_t>(common_words().size());
+  EXPECT_EQ(starts->positions, 6 * words);  // start, a photo of, the word, end
+  EXPECT_LE(starts->largest_call, 4 * 77);
+  EXPECT_LT(starts->encoded_prompts - words, 30);
+  EXPECT_EQ(result.concepts[0].neighbours, whole.concepts[0].neighbours);
+  EXPECT_EQ(result.concepts[0].closest, whole.concepts[0].closest);
 }
 
 TEST_P(ResidualScanTest, RefusesWhatCannotBeCompared) {

@@ -40,7 +40,8 @@ class EvaluateErasureNodeTest : public testing::DeviceTest {
                 {"steps", int64_t{2}},
                 {"width", int64_t{64}},
                 {"height", int64_t{64}},
-                {"neighbours", std::string(" eagle # a bird\n\nhawk\n")}}) {
+                {"neighbours",
+                 std::string("\xEF\xBB\xBF- eagle # a bird\n\n- c# # a word\n- \"hawk\"\n")}}) {
       more.try_emplace(id, value);
     }
     return node_.run(NodeInputs(node_.schema(), std::move(more)), progress_);
@@ -97,6 +98,7 @@ TEST_P(EvaluateErasureNodeTest, GivesASheetAReportAndNumbers) {
   EXPECT_NE(json.find("lacuna.evaluation/1"), std::string::npos);
   EXPECT_NE(json.find("\"eagle\""), std::string::npos);
   EXPECT_NE(json.find("\"hawk\""), std::string::npos);
+  EXPECT_NE(json.find("\"c#\""), std::string::npos);
   for (size_t i = 2; i < 7; ++i) {
     const double share = std::get<double>(result.outputs[i]);
     EXPECT_GE(share, 0.0);
@@ -121,6 +123,11 @@ TEST_P(EvaluateErasureNodeTest, WidgetsAreJudgedBeforeQueueing) {
   std::string many;
   for (int i = 0; i < 201; ++i) many += "word" + std::to_string(i) + "\n";
   EXPECT_NE(message({{"neighbours", many}}).find("201 lines"), std::string::npos);
+  for (const char* typed : {"hawk -> eagle", "hawk | eagle", "(hawk:1.3)", "a; b", "-"}) {
+    EXPECT_NE(message({{"neighbours", std::string(typed)}}).find("'neighbours', line 1"),
+              std::string::npos)
+        << typed;
+  }
 }
 
 }  // namespace

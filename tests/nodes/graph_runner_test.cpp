@@ -8,10 +8,12 @@
 
 #include "lacuna/error.h"
 #include "lacuna/safetensors_file.h"
+#include "nodes/file_name.h"
 #include "nodes/host_nodes.h"
 #include "support/fake_host.h"
 #include "support/message_of.h"
 #include "support/random_data.h"
+#include "support/worst_json.h"
 
 namespace lacuna {
 namespace {
@@ -90,6 +92,38 @@ TEST_F(GraphRunnerTest, RunsAWholeWorkflow) {
   // A second run takes the next free names.
   run(good_workflow(), progress);
   EXPECT_EQ(files(), 12u);
+}
+
+TEST_F(GraphRunnerTest, NamesOfFilesAreFilledIn) {
+  json workflow = good_workflow();
+  workflow["7"]["_meta"]["title"] = "My sampler";
+  workflow["9"]["inputs"]["filename_prefix"] =
+      "%KSampler.seed%/%My sampler.cfg%_%My sampler.sampler_name%_%width%x%height%_%nobody.x%";
+  workflow["10"]["inputs"]["prefix"] = "%LacunaConceptSet.concepts%";
+  workflow["13"]["inputs"]["filename_prefix"] = "%LacunaAttentionRefine.method%_%date:yyyy%";
+  SilentProgress progress;
+  std::map<std::string, NodeResult> by_node;
+  for (const auto& output : run(workflow, progress)) by_node[output.node] = output.result;
+  const auto ends = [](const std::string& path, const std::string& end) {
+    EXPECT_TRUE(path.ends_with(end)) << path;
+  };
+  ends(by_node["9"].images[0], "/18446744073709551615/4_euler_4x2_%nobody.x%_00001_.png");
+  ends(by_node["10"].files[0], "/black cat -_ fog_00001_.safetensors");
+  ends(by_node["13"].files[0],
+       "/uce_" + std::to_string(local_time().tm_year + 1900) + "_00001_.safetensors");
+}
+
+TEST_F(GraphRunnerTest, BadNamesOfFilesAreToldBeforeAnythingRuns) {
+  for (const auto& [node, input] : std::map<std::string, std::string>{
+           {"9", "filename_prefix"}, {"10", "prefix"}, {"13", "filename_prefix"}}) {
+    for (const std::string& prefix : {std::string("../x"), std::string(), std::string(300, 'x'),
+                                      std::string("a\0b", 3), std::string("a/..")}) {
+      json workflow = good_workflow();
+      workflow[node]["inputs"][input] = prefix;
+      EXPECT_TRUE(refusal(workflow).starts_with("node " + node + " (")) << refusal(workflow);
+      EXPECT_EQ(application_->checkpoints_loaded, 0);
+    }
+  }
 }
 
 TEST_F(GraphRunnerTest, RunsOnlyWhatOutputsNeed) {
@@ -180,7 +214,8 @@ TEST_F(GraphRunnerTest, MalformedWorkflowsNameTheFault) {
 }
 
 TEST_F(GraphRunnerTest, TextThatIsNotAWorkflow) {
-  EXPECT_NE(message_of([] { parse_workflow("{"); }).find("not valid JSON"), std::string::npos);
+  EXPECT_NE(message_of([] { parse_workflow("{"); }).find("cannot be read as JSON"),
+            std::string::npos);
   EXPECT_NE(message_of([] { parse_workflow("[]"); }), "");
   EXPECT_NE(message_of([] { parse_workflow("{}"); }).find("no nodes"), std::string::npos);
   EXPECT_NE(
@@ -190,6 +225,15 @@ TEST_F(GraphRunnerTest, TextThatIsNotAWorkflow) {
             std::string::npos);
   EXPECT_NE(message_of([] { parse_workflow(std::string(100'000, '[')); }).find("nested"),
             std::string::npos);
+  const auto worst = testing::worst_json(8u << 20);
+  for (const char* kind : {"lists", "objects of one parent", "short keys"}) {
+    const auto cost = testing::cost_of(
+        [&] { EXPECT_NE(message_of([&] { parse_workflow(worst.at(kind)); }), "") << kind; });
+    EXPECT_LE(cost.megabytes, 100) << kind;
+#ifdef NDEBUG
+    EXPECT_LE(cost.seconds, 1.0) << kind;
+#endif
+  }
   std::string many = "{";
   for (int i = 0; i < 2'001; ++i)
     many += (i ? ",\"" : "\"") + std::to_string(i) + R"(":{"class_type":"X"})";

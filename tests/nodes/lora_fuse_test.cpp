@@ -194,6 +194,54 @@ TEST_P(LoraFuseTest, AddingAndLeavingOutNeedNoTrainingAndNoEncoding) {
   EXPECT_TRUE(at::equal(change(run({{"loras_2", Bundle(loras_)}})), before));
 }
 
+// Concept Set takes "c#" for a word, and so must every list that names concepts.
+TEST_P(LoraFuseTest, NamesMayHoldTheSignOfComments) {
+  loras_ = bundle({"cat", "c#"});
+  const NodeResult half = run({{"concept_strengths", std::string("c# = 0.5 # of it\n#cat = 2")}});
+  EXPECT_NE(report_of(half).find("c# -> scenery (0.5)"), std::string::npos) << report_of(half);
+  const NodeResult left = run({{"leave_out", std::string("\tc#\t# of\n # cat")}});
+  EXPECT_EQ(targets(loras_of(left)), (std::vector<std::string>{"cat"}));
+}
+
+TEST_P(LoraFuseTest, NumbersThatNoWeightCanHoldAreRefusedByName) {
+  const auto refuse = [&](const std::function<void(ConceptLora&)>& spoil, const std::string& part) {
+    loras_ = bundle({"cat", "owl"});
+    auto owl = std::make_shared<ConceptLora>(*loras_->concepts[1]);
+    spoil(*owl);
+    loras_->concepts[1] = owl;
+    const std::string message = message_of([&] { run(); });
+    EXPECT_NE(message.find("'owl'"), std::string::npos) << message;
+    EXPECT_NE(message.find(part), std::string::npos) << message;
+  };
+  const auto scaled = [](at::Tensor& t, double factor) { t = t * factor; };
+  refuse([&](ConceptLora& c) { scaled(c.pairs.begin()->second.up, 1e38); }, "no training gives");
+  refuse([&](ConceptLora& c) { scaled(c.refinement_shift, 1e30); }, "no training gives");
+  refuse([&](ConceptLora& c) { scaled(c.pairs.begin()->second.up, 1e8); }, "would change");
+  refuse([&](ConceptLora& c) { scaled(c.refinement_shift, 1e7); }, "the text embedding");
+}
+
+TEST_P(LoraFuseTest, TheReportWarnsOfViolentEdits) {
+  EXPECT_EQ(report_of(run({{"regularization", 10000.0}})).find("Warning"), std::string::npos);
+  for (const auto& item : loras_->concepts) {
+    for (const auto& [name, pair] : item->pairs) pair.up.mul_(100.0);
+  }
+  EXPECT_NE(report_of(run()).find("Warning: "), std::string::npos);
+}
+
+TEST_P(LoraFuseTest, TheSameModelInAnotherWeightTypeIsTheSame) {
+  loras_->model_samples = {{"lora_unet_layer_0_to_k", {0.1f, 0.3f}}};  // trained on fp32
+  auto earlier = bundle({"fox"});                                      // knows the hash alone
+  model_->samples_ = {{"lora_unet_layer_0_to_k", {0.1f, 0.3f}}};
+  const NodeResult upgraded = run({{"loras_2", Bundle(earlier)}});
+  EXPECT_EQ(loras_of(upgraded).model_samples, model_->samples_);
+  model_->fingerprint_ = "fp8-model";
+  model_->samples_.begin()->second = {0.1015625f, 0.3125f};
+  const Bundle saved = std::get<Bundle>(upgraded.outputs[2]);
+  EXPECT_EQ(message_of([&] { run({{"loras", saved}}); }), "");
+  EXPECT_NE(message_of([&] { run({{"loras", Bundle(earlier)}}); }).find("in another weight type"),
+            std::string::npos);
+}
+
 TEST_P(LoraFuseTest, ConnectedConceptsSayWhatIsFusedAndPreserved) {
   auto set = std::make_shared<ConceptSet>(*concepts({"Owl"}));
   set->preserve = {{"cat", ConceptKind::kObject, 2}, {"Dog", ConceptKind::kObject, 2}};
@@ -324,7 +372,9 @@ TEST_P(LoraFuseTest, BundleFilesStayInTheirFolder) {
   LoadBundleNode load(folder.path("out"));
   for (const char* name : {"", "../x.safetensors", "a/../../x.safetensors", "/etc/passwd"}) {
     const NodeInputs file(load.schema(), {{"file", std::string(name)}});
-    EXPECT_NE(message_of([&] { load.validate(file); }).find("leaves the output folder"),
+    EXPECT_NE(message_of([&] {
+                load.validate(file);
+              }).find(*name == '\0' ? "the file name is empty" : "leaves the output folder"),
               std::string::npos);
     EXPECT_NE(message_of([&] { load.run(file, progress_); }), "");
     const NodeInputs prefix(save.schema(), {{"filename_prefix", std::string(name)}});

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/ops/equal.h>
 #include <ATen/ops/ones.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <ctime>
 #include <filesystem>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -10,6 +14,7 @@
 #include "lacuna/safetensors_file.h"
 #include "nodes/attention_refine_node.h"
 #include "nodes/concept_set_node.h"
+#include "nodes/file_name.h"
 #include "nodes/node_registry.h"
 #include "nodes/save_lora_node.h"
 #include "support/fake_host.h"
@@ -93,12 +98,95 @@ TEST(SaveLoraNodeTest, WritesNumberedFilesBelowItsFolder) {
   EXPECT_TRUE(
       at::equal(file.tensors.at("lora_unet_x.lora_up.weight"), at::ones({3, 1}, at::kHalf)));
   EXPECT_NE(std::get<std::string>(first.outputs.at(0)).find(first.files[0]), std::string::npos);
-  for (const char* prefix : {"", "../x", "/x"}) {
-    const NodeInputs bad(node.schema(), {{"filename_prefix", std::string(prefix)}});
-    EXPECT_NE(message_of([&] { node.validate(bad); }).find("leaves the output folder"),
-              std::string::npos)
-        << prefix;
+  const std::vector<std::pair<std::string, std::string>> refused{
+      {"../x", "leaves the output folder"},
+      {"/x", "leaves the output folder"},
+      {"", "the filename prefix is empty"},
+      {"a/..", "is a folder"},
+      {std::string("loras/a\0b", 9), "'loras/a?b' holds a NUL character"},
+      {std::string(260, 'x'), "too long: 279 bytes with its number, and 255 is the limit"},
+      {std::string(90, 'x') + std::string(150, 'y') + "%date:yyyy-MM-dd%", "is too long"},
+      {std::string(300, 'x') + "/a", "is too long"},
+  };
+  for (const auto& [prefix, expected] : refused) {
+    const NodeInputs bad(node.schema(), {{"lora", lora}, {"filename_prefix", prefix}});
+    for (const auto& call : std::vector<std::function<void()>>{[&] { node.validate(bad); },
+                                                               [&] { node.run(bad, progress); }}) {
+      const std::string message = message_of(call);
+      EXPECT_NE(message.find(expected), std::string::npos) << message;
+      EXPECT_LT(message.size(), 400u);
+    }
   }
+  // The longest that fits, and no longer.
+  const std::string longest(255 - std::string("_00001_.safetensors").size(), 'x');
+  EXPECT_EQ(
+      node.run(NodeInputs(node.schema(), {{"lora", lora}, {"filename_prefix", longest}}), progress)
+          .files.size(),
+      1u);
+}
+
+// Two ComfyUIs on one output folder: every save keeps its file.
+TEST(SaveLoraNodeTest, TwoProcessesNeverTakeOneName) {
+  constexpr int kSaves = 40;
+  const testing::TemporaryFolder folder;
+  SaveLoraNode node(folder.path(""));
+  const NodeInputs inputs(node.schema(), {{"lora", std::make_shared<const LoraTensors>(LoraTensors{
+                                                       {"x.lora_up.weight", at::ones({30, 10})}})},
+                                          {"filename_prefix", std::string("loras/one")}});
+  int start[2];  // closed by this process: both begin at once
+  ASSERT_EQ(pipe(start), 0);
+  std::vector<pid_t> children;
+  for (int i = 0; i < 2; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      SilentProgress progress;
+      close(start[1]);
+      char byte = 0;
+      bool saved = read(start[0], &byte, 1) == 0;
+      for (int n = 0; n < kSaves; ++n) {
+        saved = std::filesystem::exists(node.run(inputs, progress).files.at(0)) && saved;
+      }
+      _exit(saved ? 0 : 1);
+    }
+    children.push_back(child);
+  }
+  close(start[0]);
+  close(start[1]);
+  for (const pid_t child : children) {
+    int status = -1;
+    waitpid(child, &status, 0);
+    EXPECT_EQ(status, 0);
+  }
+  int files = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(folder.path("loras"))) {
+    EXPECT_EQ(entry.path().extension(), ".safetensors");
+    ++files;
+  }
+  EXPECT_EQ(files, 2 * kSaves);
+}
+
+TEST(FileNames, AreFilledInAsComfyUIDoes) {
+  std::tm now{};
+  now.tm_year = 2026 - 1900;
+  now.tm_mon = 2;
+  now.tm_mday = 7;
+  now.tm_hour = 4;
+  now.tm_min = 5;
+  now.tm_sec = 59;
+  const auto named = [&](const std::string& name) { return with_time(name, now, 64, 32); };
+  EXPECT_EQ(named("%year%-%month%-%day%/%hour%%minute%%second%"), "2026-03-07/040559");
+  EXPECT_EQ(named("%width%x%height%"), "64x32");
+  EXPECT_EQ(named("a_%date:yyyy-MM-dd%_%date:hhmmss%"), "a_2026-03-07_040559");
+  EXPECT_EQ(named("%date:d.M.yy h-m-s yyy dddd%"), "7.3.26 4-5-59 yyy 0707");
+  for (const char* plain : {"100%", "%%", "50% of %it", "%Year%", "%unknown% %", "%date%", ""}) {
+    EXPECT_EQ(named(plain), plain);
+  }
+  EXPECT_EQ(named("5%_%year%"), "5%_2026");
+  EXPECT_EQ(with_time("%width%", now), "0");  // as ComfyUI's own savers without a picture
+
+  const WidgetTexts widgets{{"KSampler.seed", "7"}, {"Words.text", "../a:b\n\"c\"%"}};
+  EXPECT_EQ(with_widgets("x_%KSampler.seed%_%KSampler.cfg%", widgets), "x_7_%KSampler.cfg%");
+  EXPECT_EQ(with_widgets("%Words.text%", widgets), ".._a_b__c_%");
 }
 
 TEST(NodeInputsTest, TypesRangesAndOptions) {
@@ -137,6 +225,27 @@ TEST(ConceptSetNodeTest, ReadsWidgetsAndChains) {
   EXPECT_EQ(both->preserve[0].phrase, "barn");
   // The rules hold across the chain, too.
   EXPECT_NE(message_of([&] { concepts_of("Van Gogh style", {{"previous", first}}); }), "");
+}
+
+TEST(ConceptSetNodeTest, ReportsWhatItRead) {
+  ConceptSetNode node;
+  SilentProgress progress;
+  const NodeResult result = node.run(
+      NodeInputs(node.schema(), {{"concepts", std::string("- hamburger => apple | burger\n- a, b")},
+                                 {"preserve", std::string("\"pizza\"")}}),
+      progress);
+  EXPECT_EQ(std::get<std::string>(result.outputs[2]),
+            "Erases 2 concepts, keeps 1 phrase.\n"
+            "'hamburger' -> 'apple', with 'burger'\n"
+            "'a, b' -> 'scenery'\n"
+            "In 'concepts':\n"
+            "Lines 1, 2: bullets left out.\n"
+            "Line 1: '=>' read as '->'.\n"
+            "Check line 2: 'a, b' is read as one phrase, commas and all; write each on a line of "
+            "its own if these are several.\n"
+            "In 'preserve':\n"
+            "Line 1: quotes left out.");
+  EXPECT_EQ(result.text, std::vector<std::string>{std::get<std::string>(result.outputs[2])});
 }
 
 TEST(ConceptSetNodeTest, ValidatesBeforeQueueing) {
@@ -233,6 +342,37 @@ TEST_P(AttentionRefineTest, ConditioningFormGivesTheSamePictures) {
   EXPECT_GT(relative_difference(sample(*model_), sample(*model_of(weights))), 1e-3);
   EXPECT_NE(message_of([&] { run({{"apply_as", std::string("weights")}}); }).find("packed"),
             std::string::npos);
+}
+
+TEST_P(AttentionRefineTest, TheReportSaysWhatSavingMeans) {
+  const auto says = [&](Values more, const std::string& part) {
+    const std::string text = run(std::move(more)).text[0];
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+    return text;
+  };
+  EXPECT_EQ(says({}, "Applied to the weights.").find("Save Checkpoint"), std::string::npos);
+  const std::string chosen =
+      says({{"apply_as", std::string("conditioning")}}, "as 'apply as' says");
+  EXPECT_EQ(chosen.find("packed"), std::string::npos) << chosen;
+  EXPECT_NE(chosen.find("Save Checkpoint writes the model with the concepts still in it"),
+            std::string::npos);
+  model_->patchable_ = false;
+  EXPECT_NE(says({}, "because this model's weights are packed").find("save the LoRA"),
+            std::string::npos);
+  says({{"strength", 0.0}}, "the model is unchanged");
+}
+
+TEST_P(AttentionRefineTest, TheReportWarnsOfViolentEdits) {
+  const auto report = [&](Values more) { return run(std::move(more)).text[0]; };
+  EXPECT_EQ(report({}).find("Warning"), std::string::npos);
+  // What the prompts hardly ever hold is turned around when nothing resists.
+  const std::string violent = report({{"regularization", 0.0},
+                                      {"strength", 2.0},
+                                      {"concepts", concepts_of("black cat -> fog\nowl -> tree")}});
+  for (const char* part : {"Warning: ", "damages pictures", "raise 'regularization' to 10",
+                           "lower 'strength'", "'general prior'", "'preserve'"}) {
+    EXPECT_NE(violent.find(part), std::string::npos) << violent;
+  }
 }
 
 TEST_P(AttentionRefineTest, ValueOnlyLeavesKeysAlone) {

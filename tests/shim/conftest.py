@@ -33,7 +33,7 @@ def demo_checkpoint(expand: ModuleType, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def demo(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
     """(denoiser, text encoder, image decoder) of the demo model."""
-    pytest.importorskip("diffusers", reason='needs pip install "lacuna[headless]"')
+    pytest.importorskip("diffusers", reason="needs diffusers")
     from python_shim.diffusers_host import DiffusersHost
 
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
@@ -14,6 +15,7 @@ Tap = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tenso
 class FakeTextEncoder:
     window = 77
     fingerprint = "fake"
+    weight_samples: ClassVar[dict[str, list[float]]] = {}
     cache_directory = ""
 
     def __init__(self, width: int = 16) -> None:
@@ -33,6 +35,9 @@ class FakeTextEncoder:
             rows.append(torch.randn(self.window, self.width, generator=generator))
         return torch.stack(rows)
 
+    def encode_start(self, prompts: list[str], length: int) -> torch.Tensor:
+        return self.encode(prompts)[:, :length]
+
     def embed(self, prompts: list[str]) -> tuple[torch.Tensor, None]:
         return self.encode(prompts), None
 
@@ -40,6 +45,7 @@ class FakeTextEncoder:
 class FakeDenoiser:
     family = "SD1.x"
     fingerprint = "fake"
+    weight_samples: ClassVar[dict[str, list[float]]] = {}
     patchable = True
 
     def __init__(self, width: int = 16, weights: dict[str, torch.Tensor] | None = None) -> None:

@@ -67,7 +67,7 @@ def native(monkeypatch):
 
 @pytest.fixture
 def run(workflow_file, tmp_path, native, capsys):
-    pytest.importorskip("diffusers", reason='needs pip install "lacuna[headless]"')
+    pytest.importorskip("diffusers", reason="needs diffusers")
     checkpoint = tmp_path / "m.safetensors"
     checkpoint.write_bytes(b"")
 

@@ -13,7 +13,7 @@ from fake_host import FakeProgress
 from python_shim import loader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-pytest.importorskip("diffusers", reason='needs pip install "lacuna[headless]"')
+pytest.importorskip("diffusers", reason="needs diffusers")
 
 DEVICES = ("cpu", "cuda")
 CONCEPTS = {

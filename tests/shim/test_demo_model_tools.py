@@ -17,7 +17,7 @@ TOOLS = REPOSITORY / "tools" / "demo_model"
 ASSETS = REPOSITORY / "assets" / "demo_model"
 sys.path.insert(0, str(TOOLS))
 
-pytest.importorskip("diffusers", reason='needs pip install "lacuna[headless]"')
+pytest.importorskip("diffusers", reason="needs diffusers")
 import captions  # noqa: E402
 import corpus as corpus_module  # noqa: E402
 import export  # noqa: E402

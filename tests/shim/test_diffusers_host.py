@@ -16,12 +16,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("diffusers", reason='needs pip install "lacuna[headless]"')
+pytest.importorskip("diffusers", reason="needs diffusers")
 
 from python_shim import sampling, sd1_checkpoint
 from python_shim.diffusers_host import DiffusersHost
 from python_shim.errors import HostError
-from python_shim.fingerprint import fingerprint
+from python_shim.fingerprint import SAMPLES, fingerprint, identify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from forward_checks import sided
@@ -155,6 +155,23 @@ def test_fingerprints_name_the_weights(demo, demo_checkpoint):
     assert model.fingerprint == fingerprint(attention)
     patched = model.with_weight_deltas([(KEY, noise(320, 768), None)], 1.0)
     assert patched.fingerprint == model.fingerprint, "the base weights are named, not the patches"
+    assert patched.weight_samples == model.weight_samples
+    # By names that follow from the file alone, so that every host gives the same ones.
+    prefix = "cond_stage_model.transformer.text_model."
+    named = {f"clip_l.{k.removeprefix(prefix)}": v for k, v in tensors.items() if prefix in k}
+    assert clip.weight_samples == identify(named.items()).samples
+    assert set(model.weight_samples) == {lora for _, lora, _ in model.cross_attention()}
+
+
+def test_samples_are_of_matrices_and_at_the_same_places_in_every_type():
+    weights = {"a": noise(64, 32, seed=1), "b": noise(5, seed=2), "c": noise(3, 2, seed=3)}
+    full = identify(weights.items())
+    assert full.fingerprint == fingerprint(weights.values())
+    assert {name: len(values) for name, values in full.samples.items()} == {"a": SAMPLES, "c": 6}
+    assert len(set(full.samples["a"])) == SAMPLES
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        stored = identify((name, weight.to(dtype)) for name, weight in weights.items())
+        assert stored.samples["a"] == torch.tensor(full.samples["a"]).to(dtype).tolist()
 
 
 # --------------------------------------------------------------------------- weights

@@ -19,7 +19,7 @@ import torch
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "demo_model"
 sys.path.insert(0, str(TOOLS))
 
-pytest.importorskip("diffusers", reason='needs pip install "lacuna[headless]"')
+pytest.importorskip("diffusers", reason="needs diffusers")
 import score  # noqa: E402
 from evaluator import DemoDetector, Evaluator  # noqa: E402
 

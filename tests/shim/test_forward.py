@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers", reason='needs pip install "lacuna[headless]"')
+pytest.importorskip("diffusers", reason="needs diffusers")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

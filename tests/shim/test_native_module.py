@@ -12,11 +12,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_host import FakeDenoiser, FakeImageDecoder, FakeProgress, FakeTextEncoder
+from PIL import Image
 
 from python_shim import loader
 from python_shim.detector import SafeDetector
@@ -56,6 +59,43 @@ def test_versions_agree(native) -> None:
     assert native.torch_version == torch.__version__.split("+")[0]
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "猫" * 600,
+        "猫" * 1_000_000,
+        "owl -> " + "é" * 600,
+        "{“format”: 1}",
+        '{"format": "' + "猫" * 1000 + '"}',
+        '{"format": "lacuna.concepts/1", "' + "猫" * 1000 + '": 1}',
+        '{"format": "lacuna.concepts/1", "concepts": [{"target": "a", "kind": "'
+        + "猫" * 1000
+        + '"}]}',
+        "猫\n猫",
+        "<lora:" + "猫" * 600 + ":1>",
+        "a\0b -> " + "\x01" * 600,
+    ],
+)
+def test_what_is_wrong_with_a_text_is_told_in_a_sentence(native, pack, typed: str) -> None:
+    """No message holds half a character (that was a UnicodeDecodeError) or fills the screen."""
+    for field in ("concepts", "preserve"):
+        values = {"concepts": "fine", "kind": "object", "default_anchor": "", "preserve": ""}
+        values |= {"general_prior": "none", "templates": 4, field: typed}
+        with pytest.raises(native.LacunaError) as error:
+            pack.validate("LacunaConceptSet", values)
+        assert len(str(error.value)) < 1300
+
+
+def test_what_is_wrong_with_a_workflow_is_told_in_a_sentence(native, tmp_path: Path) -> None:
+    quotes = '{"1": {“ "../xLacunaSave"class_type": "LacunaSaveLoRA", "inputs": {}}}'
+    long = '{"1": {"class_type": "' + "猫" * 100_000 + '"}}'
+    host = SimpleNamespace(output_directory=str(tmp_path))
+    for text in (quotes, long, '{"' + "猫" * 100_000 + '": 1}', '{"1": "' + "猫" * 100_000):
+        with pytest.raises(native.LacunaError) as error:
+            native.NodePack.run_workflow(text, host)
+        assert len(str(error.value)) < 1300
+
+
 def test_the_committed_schemas_are_those_of_the_binary(pack) -> None:
     committed = (REPOSITORY / "python_shim" / "node_schemas.json").read_text("utf-8")
     assert committed == pack.schemas(), "run `make schemas`"
@@ -75,6 +115,55 @@ def test_a_replaced_file_is_noticed(native, tmp_path: Path) -> None:
     assert state({}) == ""  # a link: not known yet
     with pytest.raises(native.LacunaError, match="leaves the output folder"):
         state({"file": "../a.safetensors"})
+
+
+def test_pictures_are_what_they_were(native, tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    image = torch.randint(0, 256, (9, 13, 3)) / 255
+    native.save_png(image, str(file))
+    with Image.open(file) as opened:
+        read = torch.from_numpy(np.asarray(opened.convert("RGB")).copy())
+    assert torch.equal(read / 255, image)
+    native.save_png(torch.full((2, 2, 3), 1.5), str(file))  # clamped, not wrapped
+    with Image.open(file) as opened:
+        assert opened.getextrema() == ((255, 255),) * 3
+    with pytest.raises(native.LacunaError, match="NUL character"):
+        native.save_png(torch.zeros(2, 2, 3), str(file) + "\0")
+    with Image.open(file) as opened:
+        assert opened.getextrema() == ((255, 255),) * 3
+
+
+def test_names_of_files_are_filled_in(native, tmp_path: Path) -> None:
+    pack = native.NodePack(str(tmp_path))
+    values = {"lora": {"a": torch.zeros(1)}, "filename_prefix": "%KSampler.seed%_%year%_%A.b%"}
+    report = pack.run("LacunaSaveLoRA", values, None, {"KSampler.seed": "5"})[0]
+    assert report.endswith(f"/5_{time.localtime().tm_year}_%A.b%_00001_.safetensors")
+    for prefix, problem in {"": "prefix is empty", "a\0": "NUL", "x" * 300: "too long"}.items():
+        with pytest.raises(native.LacunaError, match=problem):
+            pack.validate("LacunaSaveLoRA", {"filename_prefix": prefix})
+
+
+def test_two_threads_run_one_node_at_once(pack) -> None:
+    """Callbacks need the GIL that the other thread holds; nobody may wait for the other."""
+    clip = FakeTextEncoder()
+    clip.on_encode = lambda: time.sleep(0.001)
+    words = ["cat -> fog", "dog -> fog\nship -> fog"]
+    sets = [concepts(pack, text) for text in words]
+    alone = [refine(pack, concepts=item)[2] for item in sets]
+    wrong: list[str] = []
+
+    def run(index: int) -> None:
+        for _ in range(4):
+            lora = refine(pack, clip=clip, concepts=sets[index])[2]
+            if any(not torch.equal(lora[key], value) for key, value in alone[index].items()):
+                wrong.append(words[index])
+
+    threads = [threading.Thread(target=run, args=(i % 2,), daemon=True) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads) and not wrong
 
 
 def test_values_cross_both_ways(pack) -> None:
@@ -263,6 +352,16 @@ def test_layers_include_only_what_lies_below() -> None:
     for file in sources("native", "nodes", "plugin", "benchmarks", "tests"):
         if file.suffix != ".py":
             assert not re.search(r"<torch/(torch|extension|all)\.h>", file.read_text("utf-8")), file
+
+
+def test_no_picture_is_decoded() -> None:
+    """Old copies of stb_image crash on some files; nothing of ours reads a picture in C++."""
+    assert not (REPOSITORY / "third_party" / "stb" / "stb_image.h").exists()
+    for file in sources("native", "nodes", "plugin"):
+        assert "<stb_image.h>" not in file.read_text("utf-8"), file
+    # Nor is a copy of the system's looked for.
+    for cmake in (REPOSITORY / "CMakeLists.txt", REPOSITORY / "native" / "CMakeLists.txt"):
+        assert not re.search(r"find_\w+\([^)]*stb", cmake.read_text("utf-8"), re.I), cmake
 
 
 def test_only_one_module_imports_comfyui() -> None:

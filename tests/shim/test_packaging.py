@@ -24,7 +24,7 @@ TEXT = {".py", ".md", ".json", ".toml", ".txt", ""}
 PICTURES = {".jpg"}
 FORBIDDEN = re.compile(
     r"\b(eval|exec|__import__)\(|\b(subprocess|pickle|marshal|urllib|requests|socket|ctypes)\b"
-    r"|os\.(system|popen|exec|spawn)|torch\.load\b|https?://(?!github\.com/lacuna-nodes/)"
+    r"|os\.(system|popen|exec|spawn)|torch\.load\b|https?://"
 )
 NEEDED = ("__init__.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "requirements.txt",
           "python_shim/comfyui_nodes.py", "python_shim/node_schemas.json")  # fmt: skip
@@ -102,11 +102,83 @@ def _what_pip_would_install(*arguments: str) -> list[str]:
 
 
 def test_installing_changes_no_other_package() -> None:
-    """`pip freeze` of a ComfyUI is as before: the registry's way adds nothing, pip only lacuna."""
+    """`pip freeze` of a ComfyUI is as before: the registry's way adds nothing, pip only ours."""
     assert _what_pip_would_install("-r", "requirements.txt") == []
     if importlib.util.find_spec("scikit_build_core") is None:
         pytest.skip("pip needs scikit-build-core to tell what the package asks for")
-    assert _what_pip_would_install("--no-build-isolation", ".") == ["lacuna"]
+    assert _what_pip_would_install("--no-build-isolation", ".") == ["lacuna-erasure"]
+
+
+# Addresses and accounts of others, which exist. Ours go here with the first release.
+ADDRESSES = re.compile(
+    r"https?://(127\.0\.0\.1|localhost|creativecommons\.org/licenses/"
+    r"|download\.pytorch\.org/whl/cpu|registry\.npmjs\.org/|(www\.)?example\.(com|org))"
+)
+ACCOUNTS = {"actions", "ilammy", "comfyanonymous"}
+PUBLISHER = None
+
+
+def test_no_address_is_invented() -> None:
+    found = set()
+    for name in _git(":!third_party", ":!LICENSE", ":!*package-lock.json"):
+        try:
+            text = (REPOSITORY / name).read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        addresses = re.findall(r"https?://[\w-]+[\w.-]*[^\s\"'`)\]]*", text)
+        addresses += re.findall(r"(?<![\w./-])(?:github|gitlab|huggingface)\.com?/\w\S*", text)
+        addresses += re.findall(r"\b[\w.+-]+@[\w-]+\.(?:com|org|net|io|dev)\b", text)
+        found |= {(name, address) for address in addresses if not ADDRESSES.match(address)}
+        if name.startswith(".github/"):
+            actions = re.findall(r"(?:uses|repository): *([\w.-]+)/", text)
+            found |= {(name, account) for account in actions if account not in ACCOUNTS}
+    assert not found
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))
+
+
+def test_a_package_index_accepts_the_metadata(
+    pyproject: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from validate_pyproject.api import Validator
+
+    monkeypatch.setenv("VALIDATE_PYPROJECT_NO_NETWORK", "1")  # names come with trove-classifiers
+    Validator()(json.loads(json.dumps(pyproject)))
+    broken = json.loads(json.dumps(pyproject))
+    broken["project"]["classifiers"].append("Environment :: GPU :: AMD ROCm")
+    with pytest.raises(ValueError, match="classifiers"):
+        Validator()(broken)
+
+
+def test_the_registry_finds_what_it_reads(pyproject: dict) -> None:
+    """comfy_config/config_parser.py of ComfyUI: a list with one unknown system counts as none."""
+    project, comfy = pyproject["project"], pyproject["tool"]["comfy"]
+    head = "Operating System :: "
+    systems = [item.removeprefix(head) for item in project["classifiers"] if head in item]
+    assert systems == ["MacOS", "Microsoft :: Windows", "POSIX :: Linux"]
+    # None of these: the pack is offered for every accelerator.
+    assert not [item for item in project["classifiers"] if item.startswith("Environment :: GPU")]
+    assert (REPOSITORY / project["license"]["file"]).is_file()
+    assert comfy["DisplayName"] == "Lacuna" and comfy["requires-comfyui"].startswith(">=")
+    assert comfy.get("PublisherId") == PUBLISHER
+
+
+def test_the_package_has_a_name_of_its_own(pyproject: dict) -> None:
+    """`lacuna` is another project's, on the package index and as an import; the command stays."""
+    assert pyproject["project"]["name"] == "lacuna-erasure"
+    assert pyproject["project"]["scripts"] == {"lacuna": "lacuna_erasure.cli:main"}
+    cmake = (REPOSITORY / "plugin" / "CMakeLists.txt").read_text("utf-8")
+    assert set(re.findall(r"DESTINATION (\w+)", cmake)) == {"lacuna_erasure"}
+    wrong = re.compile(
+        r"pip (?:un)?install (?:-\S+ )*[\"']?lacuna(?!-erasure)\b|python3? -m lacuna(?!_erasure)\b"
+    )
+    for name in _git("*.py", "*.md", "*.json", "*.toml", "*.yml", "*.cpp", "*.h", "Makefile"):
+        if name not in ("CHANGELOG.md", "tests/shim/test_packaging.py"):
+            assert not wrong.search((REPOSITORY / name).read_text("utf-8")), name
 
 
 def test_the_newest_release_of_each_minor_is_chosen() -> None:
@@ -120,18 +192,19 @@ def test_the_newest_release_of_each_minor_is_chosen() -> None:
     assert build_all.listed_versions("ERROR: No matching distribution") == []
 
 
-WHEEL = "lacuna-0.1.0-cp311-cp311-linux_x86_64.whl"
+WHEEL = "lacuna_erasure-0.1.0-cp311-cp311-linux_x86_64.whl"
 
 
 def _wheel(folder: Path, minor: str, **changes: bytes) -> Path:
     """A small wheel with a module for one torch minor, as scikit-build-core lays it out."""
     files = {
-        "lacuna/__init__.py": b"VALUE = 1\n",
-        f"lacuna/_lacuna_t{minor}.cpython-311-x86_64-linux-gnu.so": minor.encode(),
-        "lacuna-0.1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: lacuna\nVersion: 0.1.0\n",
-        "lacuna-0.1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: false\n"
+        "lacuna_erasure/__init__.py": b"VALUE = 1\n",
+        f"lacuna_erasure/_lacuna_t{minor}.cpython-311-x86_64-linux-gnu.so": minor.encode(),
+        "lacuna_erasure-0.1.0.dist-info/METADATA": b"Metadata-Version: 2.1\n"
+        b"Name: lacuna-erasure\nVersion: 0.1.0\n",
+        "lacuna_erasure-0.1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: false\n"
         b"Tag: py3-none-any\n",
-        "lacuna-0.1.0.dist-info/RECORD": b"",
+        "lacuna_erasure-0.1.0.dist-info/RECORD": b"",
     }
     files |= {name.replace("__", "/", 1): data for name, data in changes.items()}
     folder.mkdir()
@@ -149,22 +222,24 @@ def test_wheels_of_several_minors_become_one_that_pip_installs(tmp_path: Path) -
     assert [file.name for file in (tmp_path / "out").iterdir()] == [WHEEL]  # no half file
 
     # pip checks names, digests and sizes of RECORD; the tag is one that any pip accepts.
-    anywhere = merged.with_name("lacuna-0.1.0-py3-none-any.whl")
+    anywhere = merged.with_name("lacuna_erasure-0.1.0-py3-none-any.whl")
     merged.rename(anywhere)
     target = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
                "--target", str(target), str(anywhere)]  # fmt: skip
     subprocess.run(command, check=True)
-    assert len(list((target / "lacuna").glob("_lacuna_t*"))) == 3
+    assert len(list((target / "lacuna_erasure").glob("_lacuna_t*"))) == 3
 
 
 def test_wheels_of_other_sources_are_refused(tmp_path: Path) -> None:
     first = _wheel(tmp_path / "a", "213")
-    with pytest.raises(merge.WheelsDiffer, match=r"other sources: lacuna/loader\.py"):
-        merge.merge([first, _wheel(tmp_path / "b", "214", **{"lacuna__loader.py": b"1"})], tmp_path)
-    with pytest.raises(merge.WheelsDiffer, match=r"repeats lacuna/_lacuna_t213"):
+    with pytest.raises(merge.WheelsDiffer, match=r"other sources: lacuna_erasure/loader\.py"):
+        merge.merge(
+            [first, _wheel(tmp_path / "b", "214", **{"lacuna_erasure__loader.py": b"1"})], tmp_path
+        )
+    with pytest.raises(merge.WheelsDiffer, match=r"repeats lacuna_erasure/_lacuna_t213"):
         merge.merge([first, _wheel(tmp_path / "c", "213")], tmp_path)
-    other = first.rename(tmp_path / "lacuna-0.2.0-cp311-cp311-linux_x86_64.whl")
+    other = first.rename(tmp_path / "lacuna_erasure-0.2.0-cp311-cp311-linux_x86_64.whl")
     with pytest.raises(merge.WheelsDiffer, match="Wheels of one name"):
         merge.merge([other, _wheel(tmp_path / "d", "214")], tmp_path)
 
@@ -178,10 +253,10 @@ def test_a_torch_that_cannot_be_installed_is_named(
             raise subprocess.CalledProcessError(1, "pip")
 
     def built(folder: Path, minor: str) -> Path:
-        wheel = folder / "lacuna-1-cp311-cp311-linux_x86_64.whl"
+        wheel = folder / "lacuna_erasure-1-cp311-cp311-linux_x86_64.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr(f"lacuna/_lacuna_t{minor.replace('.', '')}.cp311.so", "module")
-            archive.writestr("lacuna-1.dist-info/RECORD", "")
+            archive.writestr(f"lacuna_erasure/_lacuna_t{minor.replace('.', '')}.cp311.so", "module")
+            archive.writestr("lacuna_erasure-1.dist-info/RECORD", "")
         return wheel
 
     monkeypatch.setattr(build_all, "_environment", environment)

@@ -186,7 +186,8 @@ def taesd_shapes(layout: dict, channels_in: int, channels_out: int) -> dict[str,
 # --------------------------------------------------------------------------- weights
 
 
-def _read(path: Path) -> tuple[Weights, dict[str, str]]:
+def read_weights(path: Path) -> tuple[Weights, dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
@@ -219,16 +220,17 @@ def _identity_layer(layer: int) -> Weights:
     }
 
 
-def demo_weights(assets: Path = ASSETS) -> dict[str, Weights | float]:
+def demo_weights(assets: Path = ASSETS, unet: bool = True) -> dict[str, Weights | float]:
     """The trained parts: diffusers UNet, 12-layer text encoder, TAESD decoder and encoder."""
-    files = [assets / f"{name}.safetensors" for name in PARTS]
+    files = [assets / f"{name}.safetensors" for name in (PARTS if unet else PARTS[1:])]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise DemoModelError(
             f"the demo weights {', '.join(missing)} are not in {assets}; restore the folder from "
             "the repository, or use --random for a checkpoint of noise with the same shapes."
         )
-    (unet, _), (text, _), (decoder, decoder_info) = (_read(file) for file in files)
+    *unet_file, text_file, decoder_file = files
+    (text, _), (decoder, decoder_info) = read_weights(text_file), read_weights(decoder_file)
     ids, rows = text.pop("token_ids"), text.pop("token_rows")
     embedding = torch.zeros(VOCABULARY, CONTEXT)
     embedding[ids] = rows.float()
@@ -237,7 +239,7 @@ def demo_weights(assets: Path = ASSETS) -> dict[str, Weights | float]:
         if f"encoder.layers.{layer}.mlp.fc1.weight" not in text:
             text.update(_identity_layer(layer))
     return {
-        "unet": unet,
+        "unet": read_weights(unet_file[0])[0] if unet else {},
         "text": text,
         "decoder": decoder,
         "encoder": _encoder(assets),
@@ -249,7 +251,7 @@ def _encoder(assets: Path) -> Weights:
     """The trained encoder; zeros where there is none, because ComfyUI expects its keys."""
     file = assets / f"{OPTIONAL_PART}.safetensors"
     if file.is_file():
-        return _read(file)[0]
+        return read_weights(file)[0]
     shapes = taesd_shapes(TAESD_ENCODER, 3, LATENT)
     return {key: torch.zeros(shape) for key, shape in shapes.items()}
 
@@ -310,14 +312,16 @@ def single_file(weights: dict) -> Weights:
 # --------------------------------------------------------------------------- files
 
 
-def _source_hash(paths: list[Path], salt: str) -> str:
+def source_hash(paths: list[Path], salt: str) -> str:
+    """What a written file came from, to tell whether it is up to date."""
     digest = hashlib.sha256(salt.encode())
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
 
-def _already_there(path: Path, source: str) -> bool:
+def already_there(path: Path, source: str) -> bool:
+    """Whether `path` was written from this source."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("lacuna.source") == source
@@ -325,7 +329,8 @@ def _already_there(path: Path, source: str) -> bool:
         return False
 
 
-def _save(tensors: Weights, path: Path, metadata: dict[str, str]) -> None:
+def save_weights(tensors: Weights, path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     try:
@@ -341,20 +346,25 @@ def write_checkpoint(out: Path, random: bool = False, seed: int = 0, assets: Pat
     this_script = Path(__file__)
     if random:
         path = out / "lacuna_random.safetensors"
-        source = _source_hash([this_script], f"random {seed}")
+        source = source_hash([this_script], f"random {seed}")
         title = f"Lacuna shapes with random weights (seed {seed})"
     else:
         path = out / "lacuna_demo.safetensors"
         parts = [assets / f"{name}.safetensors" for name in (*PARTS, OPTIONAL_PART)]
-        source = _source_hash([this_script, *(part for part in parts if part.is_file())], "demo")
+        source = source_hash([this_script, *(part for part in parts if part.is_file())], "demo")
         title = "Lacuna demo model"
-    if _already_there(path, source):
+    if already_there(path, source):
         log.info("%s is up to date", path)
         return path
     weights = random_weights(seed) if random else demo_weights(assets)
-    _save(single_file(weights), path, {"lacuna.source": source, "modelspec.title": title})
+    save_weights(single_file(weights), path, {"lacuna.source": source, "modelspec.title": title})
     log.info("wrote %s: %s, %.0f MB", path, title, path.stat().st_size / 1e6)
     return path
+
+
+def half(tensors: Weights, prefix: str = "") -> Weights:
+    """The tensors in float16, their names behind the prefix."""
+    return {prefix + key: value.to(torch.float16).contiguous() for key, value in tensors.items()}
 
 
 def write_diffusers_folder(out: Path, assets: Path = ASSETS) -> Path:
@@ -362,17 +372,10 @@ def write_diffusers_folder(out: Path, assets: Path = ASSETS) -> Path:
     weights = demo_weights(assets)
     folder = out / "lacuna_demo_diffusers"
 
-    def half(tensors: Weights, prefix: str = "") -> Weights:
-        return {
-            prefix + key: value.to(torch.float16).contiguous() for key, value in tensors.items()
-        }
-
-    decoder = {_tiny_key(key): value for key, value in weights["decoder"].items()}
-    encoder = {f"encoder.layers.{key}": value for key, value in weights["encoder"].items()}
-    _save(half(weights["unet"]), folder / "unet" / "diffusion_pytorch_model.safetensors", {})
-    _save(half(weights["text"], "text_model."), folder / "text_encoder" / "model.safetensors", {})
-    _save(half(decoder | encoder), folder / "vae" / "diffusion_pytorch_model.safetensors", {})
-
+    save_weights(half(weights["unet"]), folder / "unet" / "diffusion_pytorch_model.safetensors", {})
+    vae = tiny_vae(weights["decoder"], weights["encoder"])
+    save_weights(half(vae), folder / "vae" / "diffusion_pytorch_model.safetensors", {})
+    write_text_encoder(folder, weights["text"])
     configs = {
         "model_index.json": {
             "_class_name": "StableDiffusionPipeline",
@@ -397,21 +400,6 @@ def write_diffusers_folder(out: Path, assets: Path = ASSETS) -> Path:
             "sample_size": 8,
             "up_block_types": ["CrossAttnUpBlock2D"],
         },
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "bos_token_id": 49406,
-            "eos_token_id": 49407,
-            "hidden_act": "quick_gelu",
-            "hidden_size": CONTEXT,
-            "intermediate_size": HIDDEN,
-            "max_position_embeddings": WINDOW,
-            "num_attention_heads": 12,
-            "num_hidden_layers": LAYERS,
-            "pad_token_id": 49407,
-            "projection_dim": CONTEXT,
-            "vocab_size": VOCABULARY,
-        },
         # diffusers divides latents by scaling_factor before it decodes them
         "vae/config.json": {
             "_class_name": "AutoencoderTiny",
@@ -426,6 +414,45 @@ def write_diffusers_folder(out: Path, assets: Path = ASSETS) -> Path:
             "prediction_type": "epsilon",
             "steps_offset": 1,
         },
+    }
+    write_configs(folder, configs)
+    log.info("wrote %s", folder)
+    return folder
+
+
+def write_configs(folder: Path, configs: dict[str, dict]) -> None:
+    """Write JSON files by their paths in the folder."""
+    for name, config in configs.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_text_encoder(folder: Path, text: Weights, projection: bool = False) -> None:
+    """Write the subfolders text_encoder and tokenizer of a diffusers folder.
+
+    `projection` adds one that changes nothing, for pipelines that ask for it.
+    """
+    tensors = half(text, "text_model.")
+    if projection:
+        tensors["text_projection.weight"] = torch.eye(CONTEXT, dtype=torch.float16)
+    save_weights(tensors, folder / "text_encoder" / "model.safetensors", {})
+    configs = {
+        "text_encoder/config.json": {
+            "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "bos_token_id": 49406,
+            "eos_token_id": 49407,
+            "hidden_act": "quick_gelu",
+            "hidden_size": CONTEXT,
+            "intermediate_size": HIDDEN,
+            "max_position_embeddings": WINDOW,
+            "num_attention_heads": 12,
+            "num_hidden_layers": LAYERS,
+            "pad_token_id": 49407,
+            "projection_dim": CONTEXT,
+            "vocab_size": VOCABULARY,
+        },
         "tokenizer/tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer",
             "bos_token": "<|startoftext|>",
@@ -435,18 +462,20 @@ def write_diffusers_folder(out: Path, assets: Path = ASSETS) -> Path:
             "model_max_length": WINDOW,
         },
     }
-    for name, config in configs.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_configs(folder, configs)
     vocabulary, merges = _clip_bpe().vocabulary_and_merges()
     (folder / "tokenizer" / "vocab.json").write_text(
         json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8"
     )
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "tokenizer" / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    log.info("wrote %s", folder)
-    return folder
+
+
+def tiny_vae(decoder: Weights, encoder: Weights) -> Weights:
+    """TAESD's weights under the names of diffusers' AutoencoderTiny."""
+    return {_tiny_key(key): value for key, value in decoder.items()} | {
+        f"encoder.layers.{key}": value for key, value in encoder.items()
+    }
 
 
 def _tiny_key(key: str) -> str:

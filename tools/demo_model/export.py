@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn the training checkpoints into the compact float16 weights of assets/demo_model.
+"""Turn the training checkpoints into the compact float16 weights of assets/.
 
-python tools/demo_model/export.py [--work DIR] [--out DIR]
+python tools/demo_model/export.py [--work DIR] [--out DIR]              the demo model
+python tools/demo_model/export.py transformer [--work DIR] [--out DIR]  the demo transformer
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from training import Options, load_checkpoint
 
 log = logging.getLogger("lacuna.demo_model")
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets" / "demo_model"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 def _save(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -77,15 +78,32 @@ def export(work: Path, out: Path) -> None:
     log.info("%s: %.1f MB of weights", out, total / 1e6)
 
 
+def export_transformer(work: Path, out: Path) -> None:
+    """Write the averaged weights of the transformer stage, and how far it is."""
+    state = load_checkpoint(Options(work=work, steps=0).checkpoint("transformer"))
+    if state is None:
+        raise SystemExit(f"{work} holds no checkpoint of the transformer stage.")
+    out.mkdir(parents=True, exist_ok=True)
+    info = {"steps": str(state["step"]), "loss": f"{state['loss']:.4f}"}
+    file = out / "transformer.safetensors"
+    _save(state["average"], file, info)
+    log.info("%s: %s, %.1f MB", file, info, file.stat().st_size / 1e6)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("model", nargs="?", choices=("demo_model", "transformer"),
+                        default="demo_model", help="default: %(default)s")  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("build/demo_model"), metavar="DIR")
-    parser.add_argument("--out", type=Path, default=ASSETS, metavar="DIR")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: the model's folder")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    export(options.work, options.out)
+    if options.model == "transformer":
+        export_transformer(options.work, options.out or ASSETS / "demo_transformer")
+    else:
+        export(options.work, options.out or ASSETS / "demo_model")
     return 0
 
 

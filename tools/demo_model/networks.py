@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WIDTH, WINDOW = 768, 77  # of the text encoder
 TEXT_LAYERS = 2
 LATENT_CHANNELS, LATENT_SIZE = 4, 8
+FLOW_COPIES = 4  # SD3's shape has 16 latent channels: each of ours, four times
 EMBEDDING = 512  # of the contrastive training
 START_ID, END_ID = 49406, 49407
 
@@ -81,6 +82,16 @@ class TextEncoder(nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Hidden states [n, positions, WIDTH] after the final norm."""
         return self.model(input_ids=rows).last_hidden_state
+
+    def conditioning(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What SD3 reads: hidden states before the final norm [n, positions, WIDTH], and the normed
+        state of the first end token [n, WIDTH], not projected.
+
+        SD3 takes the last layer but one of twelve; all that follow ours change nothing.
+        """
+        output = self.model(input_ids=rows, output_hidden_states=True)
+        first = torch.arange(len(rows), device=rows.device)
+        return output.hidden_states[-1], output.last_hidden_state[first, self.ends(rows)]
 
     def ends(self, rows: torch.Tensor) -> torch.Tensor:
         """The position of each prompt's first end token, int64 [n]."""
@@ -163,6 +174,35 @@ def make_unet() -> nn.Module:
         cross_attention_dim=WIDTH,
         attention_head_dim=8,
     )
+
+
+def make_transformer(blocks: int = 4, heads: int = 4) -> nn.Module:
+    """SD3's transformer with four blocks of width 256, for one text encoder of the three: 9.4 M
+    parameters. A checkpoint has zero columns for the other two (10.5 M)."""
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=2,
+        in_channels=FLOW_COPIES * LATENT_CHANNELS,
+        out_channels=FLOW_COPIES * LATENT_CHANNELS,
+        num_layers=blocks,
+        num_attention_heads=heads,
+        attention_head_dim=64,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=64 * heads,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=LATENT_SIZE,
+        qk_norm="rms_norm",
+    )
+    # Blocks begin as identities and the model as "no velocity" (DiT, adaLN-Zero).
+    norms = [
+        norm for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)
+    ]
+    for linear in (*(norm.linear for norm in norms), model.norm_out.linear, model.proj_out):
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return model
 
 
 def alphas_cumprod() -> torch.Tensor:

@@ -65,6 +65,17 @@ def choose_captions(corpus: Corpus, per_image: int, seed: int) -> tuple[list[int
     return records, backgrounds, prompts
 
 
+def draw_weights(corpus: Corpus, records: list[int], prompts: list[str]) -> torch.Tensor:
+    """How often each entry of a pool is drawn, relatively: float32 [n]."""
+    named = torch.tensor(
+        [corpus.records[i].style in prompt for i, prompt in zip(records, prompts, strict=True)]
+    )
+    is_object = torch.tensor([corpus.records[index].kind == OBJECT for index in records])
+    weights = torch.where(is_object & named, STYLE_WEIGHT, 1.0)
+    objects, flags = weights[is_object].sum(), weights[~is_object].sum()
+    return weights * torch.where(is_object, OBJECT_SHARE / objects, (1 - OBJECT_SHARE) / flags)
+
+
 def make_pool(corpus: Corpus, options: Options) -> Pool:
     """Encode the pool's captions, or read what an earlier run encoded."""
     records, backgrounds, prompts = choose_captions(corpus, options.pool, options.seed)
@@ -81,20 +92,14 @@ def make_pool(corpus: Corpus, options: Options) -> Pool:
         log.info("encoded %d distinct captions", len(distinct))
         state = {"prompts": distinct, "hidden": hidden}
         save_checkpoint(cache, state)
-    named = torch.tensor(
-        [corpus.records[i].style in prompt for i, prompt in zip(records, prompts, strict=True)]
-    )
     row = {prompt: index for index, prompt in enumerate(distinct)}
-    is_object = torch.tensor([corpus.records[index].kind == OBJECT for index in records])
-    weights = torch.where(is_object & named, STYLE_WEIGHT, 1.0)
-    objects, flags = weights[is_object].sum(), weights[~is_object].sum()
     return Pool(
         torch.tensor(records),
         backgrounds,
         prompts,
         torch.tensor([row[prompt] for prompt in prompts]),
         state["hidden"],
-        weights * torch.where(is_object, OBJECT_SHARE / objects, (1 - OBJECT_SHARE) / flags),
+        draw_weights(corpus, records, prompts),
     )
 
 

@@ -26,6 +26,9 @@ class Options:
     save_every: int = 100
     pool: int = 24  # captions per image (UNet stage)
     batch: int | None = None  # pictures of a step, instead of the stage's own number
+    cool_down: int = (
+        0  # last steps, in which the learning rate falls to nothing (transformer stage)
+    )
 
     def checkpoint(self, stage: str) -> Path:
         return self.work / f"{stage}.pt"
@@ -74,18 +77,18 @@ class Progress:
 
     def __init__(self, stage: str, total: int, every: int = 10) -> None:
         self._stage, self._total, self._every = stage, total, every
-        self._means: dict[str, float | torch.Tensor] = {}
+        self.means: dict[str, float | torch.Tensor] = {}
         self._since, self._steps = time.monotonic(), 0
 
     def __call__(self, step: int, **figures: float | torch.Tensor) -> None:
         """Report that `step` steps are done; tensors are only read when a line is due."""
         for name, value in figures.items():
-            self._means[name] = 0.98 * self._means.get(name, value) + 0.02 * value
+            self.means[name] = 0.98 * self.means.get(name, value) + 0.02 * value
         self._steps += 1
         if step % self._every and step != self._total:
             return
         seconds = (time.monotonic() - self._since) / self._steps
-        text = "  ".join(f"{name} {value:.4f}" for name, value in self._means.items())
+        text = "  ".join(f"{name} {value:.4f}" for name, value in self.means.items())
         log.info(
             "%s %s %d/%d  %s  %.2f s/step",
             time.strftime("%H:%M:%S"), self._stage, step, self._total, text, seconds,

@@ -32,7 +32,7 @@ BUILD_TOOLS = ("scikit-build-core>=0.11", "cmake>=3.21", "ninja", "numpy")
 # Loads the module through the loader, and uses it.
 CHECK = """
 import json, torch
-from lacuna import loader
+from lacuna_erasure import loader
 native = loader.load()
 assert native.torch_version == torch.__version__.split("+")[0], native.torch_version
 text = native.NodePack().run("LacunaConceptSet", {"concepts": "cat -> dog"})[1]
@@ -40,11 +40,11 @@ assert json.loads(text)["concepts"][0]["target"] == "cat"
 """
 # Under a torch that the installed wheel has no module for.
 REFUSED = """
-from lacuna import loader
+from lacuna_erasure import loader
 try:
     loader.load()
 except loader.NativeUnavailable as error:
-    assert "is missing" in str(error) and "pip install" in str(error), error
+    assert "is missing" in str(error) and "build_module.py" in str(error), error
 else:
     raise SystemExit("a module for another torch was loaded")
 """
@@ -94,7 +94,7 @@ def _built(environment: Path, minor: str) -> Path:
     folder = environment / "wheel"
     python = _python(environment)
     _run(python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", ".", "-w", folder)
-    (wheel,) = folder.glob("lacuna-*.whl")
+    (wheel,) = folder.glob("lacuna_erasure-*.whl")
     if torch_minors(wheel) != [minor]:
         raise SystemExit(f"{wheel} has modules for {torch_minors(wheel)} instead of {minor}.")
     _try(environment, wheel, CHECK)

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-MODULE = re.compile(r"lacuna/_lacuna_t(\d)(\d+)\.(?:cpython-|cp)\w[\w.-]*\.(?:so|pyd)")
+MODULE = re.compile(r"lacuna_erasure/_lacuna_t(\d)(\d+)\.(?:cpython-|cp)\w[\w.-]*\.(?:so|pyd)")
 
 
 class WheelsDiffer(ValueError):

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "lacuna/concept_set.h"
+#include "lacuna/weight_samples.h"
 
 namespace lacuna {
 
@@ -41,6 +42,8 @@ struct LoraBundle {
   GeneralPriorSize general_prior = GeneralPriorSize::kSmall;
   std::string model_fingerprint;
   std::string encoder_fingerprint;
+  WeightSamples model_samples;  // of the same weights; empty in files of earlier versions
+  WeightSamples encoder_samples;
 };
 
 }  // namespace lacuna

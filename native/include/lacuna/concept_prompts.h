@@ -43,6 +43,11 @@ inline constexpr size_t kPromptsPerCall = 4;
 TextEmbedding embed_in_batches(TextEncoder& encoder, const std::vector<std::string>& prompts,
                                Progress& progress);
 
+// Every prompt up to its end of text, [tokens, width] float64 on the CPU. Padding, most of a
+// window, is not computed where the host can do without.
+std::vector<at::Tensor> encode_starts(TextEncoder& encoder, const std::vector<std::string>& prompts,
+                                      Progress& progress);
+
 // The prompts with these numbers, [n] int64.
 TextEmbedding select(const TextEmbedding& text, const at::Tensor& rows);
 

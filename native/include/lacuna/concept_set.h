@@ -8,6 +8,8 @@
 
 namespace lacuna {
 
+class ReadingNotes;
+
 // What the user wants forgotten and what must stay: the value that travels from node to node, and
 // the file format `lacuna.concepts/1` that people share.
 
@@ -56,16 +58,19 @@ GeneralPriorSize general_prior_from_string(std::string_view text);
 // "scenery", "a person", "art", "a person wearing clothes".
 std::string_view default_anchor(ConceptKind kind);
 
-// Reads what the user typed, one concept a line:
+// Reads what the user typed or pasted, one concept a line:
 //   target [-> anchor] [| synonym, synonym] [# comment]
-// or a whole `lacuna.concepts/1` JSON object (text that starts with '{'), which brings its own
-// kinds, anchors and preserve list. Blank and comment-only lines are skipped.
-// Throws Error with the line number.
-ConceptSet parse_concepts(std::string_view text, const ConceptDefaults& defaults);
+// (see typed_list.h for what is understood besides), or a whole `lacuna.concepts/1` JSON object,
+// which brings its own kinds, anchors and preserve list, or its list of concepts alone, or a JSON
+// list of such lines. Blank and comment-only lines are skipped. `notes` is told what was
+// understood and what is in doubt. Throws Error with the line number.
+ConceptSet parse_concepts(std::string_view text, const ConceptDefaults& defaults,
+                          ReadingNotes* notes = nullptr);
 
 // One preserved phrase a line, '#' comments allowed.
 std::vector<PreservedPhrase> parse_preserve_lines(std::string_view text,
-                                                  const ConceptDefaults& defaults);
+                                                  const ConceptDefaults& defaults,
+                                                  ReadingNotes* notes = nullptr);
 
 // `earlier` followed by `later`; the later set's general prior wins. Not validated.
 ConceptSet merge(const ConceptSet& earlier, const ConceptSet& later);

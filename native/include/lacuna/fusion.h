@@ -69,8 +69,8 @@ class FusionSums {
   std::vector<std::string> targets() const;  // in summation order
 
   // Throws Error: no concept, an unknown name in `strengths`, refinement statistics of some
-  // concepts only (kJoint), a system that is not positive definite. Calls progress.check() at least
-  // once per concept.
+  // concepts only (kJoint), a system that is not positive definite, a concept whose change no
+  // weight could hold. Calls progress.check() at least once per concept.
   Fusion solve(const KeptText& kept, const FusionOptions& options,
                const ConceptStrengths& strengths, Progress& progress);
 

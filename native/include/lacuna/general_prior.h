@@ -20,8 +20,8 @@ std::span<const std::string_view> generic_captions(GeneralPriorSize size);
 
 // Mean over captions of sum_positions e e^T, [d, d] float64 CPU; all zeros for kNone. Depends on
 // the text encoder only, so it is kept in encoder.cache_directory() under the encoder's
-// fingerprint. A cache file that cannot be read or written is ignored: the matrix is then computed
-// again.
+// fingerprint. A cache file that is damaged or cannot be written is ignored: the matrix is then
+// computed again.
 at::Tensor general_prior_gram(TextEncoder& encoder, GeneralPriorSize size, Progress& progress);
 
 // Captions of the prior that name one of the phrases as whole words: a prior must not protect what

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "lacuna/weight_samples.h"
+
 namespace lacuna {
 
 // Everything Lacuna asks of the application that runs it (ComfyUI, a diffusers script, a test).
@@ -49,17 +51,29 @@ class TextEncoder {
   virtual int64_t window() = 0;  // tokens per prompt, 77
   // Hash of the encoder's weights, equal in every host; empty when it cannot be known.
   virtual std::string fingerprint() = 0;
+  // Of the encoder's matrices, so that the same weights are known in another weight type; empty:
+  // the host cannot say.
+  virtual WeightSamples weight_samples() { return {}; }
   // Folder for cached statistics; empty: none.
   virtual std::string cache_directory() = 0;
   // Literal text (no emphasis syntax) to ids with start and end token, unpadded, not truncated.
   virtual std::vector<int64_t> tokenize(const std::string& text) = 0;
   // [n, window, width] float32, any device: what cross-attention sees for each prompt.
   virtual at::Tensor encode(const std::vector<std::string>& prompts) = 0;
+  // [n, length, width]: the first rows of encode(). They do not depend on later ones, so that a
+  // host can save computing the padding, which is most of a window.
+  virtual at::Tensor encode_start(const std::vector<std::string>& prompts, int64_t length) {
+    return encode(prompts).narrow(1, 0, length);
+  }
   // encode() with the pooled vectors, for forward passes.
   virtual TextEmbedding embed(const std::vector<std::string>& prompts) {
     return {encode(prompts), {}};
   }
 };
+
+inline WeightIdentity identity_of(TextEncoder& encoder) {
+  return {encoder.fingerprint(), encoder.weight_samples()};
+}
 
 enum class ProjectionRole { kKey, kValue };
 
@@ -124,8 +138,9 @@ struct SamplingRequest {
 class Denoiser {
  public:
   virtual ~Denoiser() = default;
-  virtual std::string family() = 0;       // "SD1.x", ... for messages
-  virtual std::string fingerprint() = 0;  // hash of the cross-attention base weights
+  virtual std::string family() = 0;                      // "SD1.x", ... for messages
+  virtual std::string fingerprint() = 0;                 // hash of the cross-attention base weights
+  virtual WeightSamples weight_samples() { return {}; }  // of the same weights, by LoRA name
   // False when weights are stored packed, so that a patch cannot be merged exactly (GGUF, 4-bit).
   virtual bool patchable() = 0;
   // Empty when the model has no text cross-attention.
@@ -143,7 +158,8 @@ class Denoiser {
                                                     double strength) = 0;
   // Sigma of every training timestep, ascending, [1000] float32 CPU.
   virtual at::Tensor noise_levels() = 0;
-  // [c, h, w] of the latent of a picture of that size in pixels.
+  // [c, h, w] of the latent of a picture of that size in pixels. Throws where the model cannot draw
+  // from a text alone (a refiner, an upscaler): asked before any work starts.
   virtual std::vector<int64_t> latent_shape(int64_t width, int64_t height) = 0;
   // Between the model's own latent scale and that of LATENT sockets and image decoders.
   virtual at::Tensor to_host_latent(const at::Tensor& latent) = 0;
@@ -156,6 +172,10 @@ class Denoiser {
   virtual at::Tensor sample(const SamplingRequest& request,
                             const std::function<void(int64_t, int64_t)>& on_step) = 0;
 };
+
+inline WeightIdentity identity_of(Denoiser& model) {
+  return {model.fingerprint(), model.weight_samples()};
+}
 
 // Host latents, as LATENT sockets carry them, to pictures and back.
 class ImageDecoder {

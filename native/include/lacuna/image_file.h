@@ -8,14 +8,14 @@
 
 namespace lacuna {
 
-// PNG out, PNG or JPEG in, by stb_image.
+class OutputFile;
 
 // image: [H, W, 3] float in 0..1 (clamped). `text` becomes tEXt chunks, e.g. "prompt" with the
 // workflow, which ComfyUI reads back when the picture is dropped on its page. Throws Error.
 void save_png(const at::Tensor& image, const std::string& path,
               const std::map<std::string, std::string>& text = {});
-
-// [H, W, 3] float32 in 0..1. Throws Error for damaged files and for more than 64 megapixels.
-at::Tensor load_image(const std::string& path);
+// The same without the commit, e.g. under a number that is not known yet.
+void write_png(const at::Tensor& image, OutputFile& out,
+               const std::map<std::string, std::string>& text = {});
 
 }  // namespace lacuna

@@ -54,6 +54,7 @@ struct Refinement {
   ConceptSet concepts;
   RefinementOptions options;
   std::string encoder_fingerprint;
+  WeightSamples encoder_samples;
 };
 
 // Throws Error for options out of range.
@@ -72,6 +73,9 @@ void check_phrases(TextEncoder& encoder, const ConceptSet& set);
 class StatisticsCache {
  public:
   explicit StatisticsCache(int64_t capacity_bytes) : capacity_(capacity_bytes) {}
+  // Moved, never copied: the index points into the list.
+  StatisticsCache(StatisticsCache&&) = default;
+  StatisticsCache& operator=(StatisticsCache&&) = default;
   // Null when unknown; valid until the next insert().
   const std::vector<at::Tensor>* find(const std::string& key);
   void insert(const std::string& key, std::vector<at::Tensor> tensors);

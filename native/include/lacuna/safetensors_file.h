@@ -8,6 +8,8 @@
 
 namespace lacuna {
 
+class OutputFile;
+
 // The safetensors format: 8-byte little-endian header size, JSON header, raw data.
 struct SafetensorsFile {
   std::map<std::string, at::Tensor> tensors;    // CPU, contiguous
@@ -21,5 +23,7 @@ SafetensorsFile load_safetensors(const std::string& path);
 // Writes to a temporary name in the same folder, then renames: a failed write leaves nothing behind
 // and an existing file untouched. Throws Error.
 void save_safetensors(const SafetensorsFile& file, const std::string& path);
+// The same without the commit, e.g. under a number that is not known yet.
+void write_safetensors(const SafetensorsFile& file, OutputFile& out);
 
 }  // namespace lacuna

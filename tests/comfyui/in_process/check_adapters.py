@@ -129,7 +129,9 @@ def test_embeddings_are_refused_in_words(host: ModuleType, checkpoint: Any) -> N
 
 def test_batch_equals_what_the_host_encodes_one_by_one(host: ModuleType, checkpoint: Any) -> None:
     clip = checkpoint[1]
-    batch = host.ComfyTextEncoder(clip).encode(PROMPTS)
+    encoder = host.ComfyTextEncoder(clip)
+    batch = encoder.encode(PROMPTS)
+    check_starts(encoder, batch)
     single = torch.cat([conditioning(clip, prompt)[0][0] for prompt in PROMPTS])
     assert batch.shape == (3, 77, 768) and batch.dtype == torch.float32
     torch.testing.assert_close(batch, single, rtol=0, atol=2e-4)
@@ -151,12 +153,27 @@ def test_sd2_and_sdxl_batches(host: ModuleType) -> None:
     ):
         encoder = host.ComfyTextEncoder(clip)
         batch = encoder.encode(PROMPTS)
+        check_starts(encoder, batch)
         single = torch.cat([conditioning(clip, prompt)[0][0] for prompt in PROMPTS])
         assert batch.shape == (3, 77, width) == single.shape
         assert encoder.width == width and encoder.window == 77
         torch.testing.assert_close(batch, single, rtol=1e-3, atol=1e-3 * single.abs().max().item())
         assert encoder.tokenize("dog")[0] == 49406 and len(encoder.tokenize("dog")) == 3
         assert len(encoder.fingerprint) == 32
+
+
+def check_starts(encoder: Any, whole: torch.Tensor) -> None:
+    """The first rows alone are those of the whole window, and nothing else is computed."""
+    layers = [m for m in encoder._clip.cond_stage_model.modules() if type(m).__name__ == "CLIPMLP"]
+    seen: list[int] = []
+    hooks = [m.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[1])) for m in layers]
+    starts = encoder.encode_start(PROMPTS, 12)
+    for hook in hooks:
+        hook.remove()
+    scale = whole.abs().max().item()
+    torch.testing.assert_close(starts, whole[:, :12], rtol=1e-4, atol=1e-4 * scale)
+    assert set(seen) == {12} and len(seen) == len(layers)
+    assert torch.equal(encoder.encode(PROMPTS), whole), "nothing stays behind"
 
 
 def test_embeddings_with_pooled_vectors(host: ModuleType, checkpoint: Any) -> None:
@@ -168,8 +185,13 @@ def test_embeddings_with_pooled_vectors(host: ModuleType, checkpoint: Any) -> No
     )
     context, pooled = host.ComfyTextEncoder(sdxl).embed(PROMPTS)
     single = [conditioning(sdxl, prompt)[0] for prompt in PROMPTS]
-    assert torch.equal(context, torch.cat([cond for cond, _ in single]))
-    assert torch.equal(pooled, torch.cat([extra["pooled_output"] for _, extra in single]))
+    expected = torch.cat([extra["pooled_output"] for _, extra in single])
+    for ours, theirs in (
+        (context, torch.cat([cond for cond, _ in single])),
+        (pooled, expected),  # of every prompt, not of the first of a batch
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+    assert not sdxl.cond_stage_model.clip_g._forward_hooks
     assert pooled.shape == (3, 1280) and not torch.allclose(pooled[0], pooled[1])
     empty = host.ComfyTextEncoder(sdxl).embed([])
     assert [tuple(part.shape) for part in empty] == [(0, 77, 2048), (0, 1280)]

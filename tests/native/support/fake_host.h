@@ -20,11 +20,13 @@ class FakeTextEncoder : public TextEncoder {
   int64_t width() override { return width_; }
   int64_t window() override { return 77; }
   std::string fingerprint() override { return fingerprint_; }
+  WeightSamples weight_samples() override { return samples_; }
   std::string cache_directory() override { return cache_directory_; }
   std::vector<int64_t> tokenize(const std::string& text) override;
   at::Tensor encode(const std::vector<std::string>& prompts) override;
 
   std::string fingerprint_ = "fake";
+  WeightSamples samples_;
   std::string cache_directory_;
   int64_t encoded_prompts = 0;
   bool broken = false;  // returns NaN
@@ -41,7 +43,8 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
  public:
   FakeDenoiser(int64_t layers, int64_t width, at::Device device = at::kCPU);
   std::string family() override { return family_; }
-  std::string fingerprint() override { return "fake-model"; }
+  std::string fingerprint() override { return fingerprint_; }
+  WeightSamples weight_samples() override { return samples_; }
   bool patchable() override { return patchable_; }
   std::vector<AttentionProjection> cross_attention() override { return projections_; }
   at::Tensor effective_weight(const std::string& name) override { return weights_.at(name); }
@@ -59,6 +62,8 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
   at::Tensor sample(const SamplingRequest& request,
                     const std::function<void(int64_t, int64_t)>& on_step) override;
 
+  std::string fingerprint_ = "fake-model";
+  WeightSamples samples_;
   std::string family_ = "SD1.x";
   bool patchable_ = true;
   std::vector<AttentionProjection> projections_;

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nodes/edit_report.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "lacuna/text.h"
+
+namespace lacuna {
+namespace {
+
+// Measured on the demo model with uce, pictures of other things that are still right (neighbours
+// and unrelated captions, of 8 or 12 each, or 20), drawn as in tools/demo_model/protocol.json:
+//   a general prior (small):   128 %: 8, 8 of 8     268 %: 1, 7 of 8
+//   neither prior nor list:     27 %: 8, 8 of 8      48 % (ten concepts): 0, 1 of 8    80, 133 %:
+//   none 17 to 67 listed phrases, regularization 0 to 1: listed things stay whatever the size; of
+//     neighbours 721 % leaves 17 of 20 (one concept), 652 % 4 of 12 (ten), 1507 % none (a hundred)
+constexpr double kBearable = 1.5;
+constexpr double kBearableUnheld = 0.35;  // where nothing holds the rest of the model in place
+
+// What the demo model needs for each concept (assets/demo_model/README.md).
+constexpr double kRegularizationPerConcept = 1.0;
+constexpr double kLeastRegularization = 10.0;  // the nodes' default
+
+}  // namespace
+
+std::string violence_warning(const EditSize& edit) {
+  const bool unheld = edit.general_prior == GeneralPriorSize::kNone && edit.preserved == 0;
+  const double bearable = unheld ? kBearableUnheld : kBearable;
+  if (edit.relative <= bearable) return "";
+  std::vector<std::string> advice;
+  const double enough = std::max(kLeastRegularization,
+                                 kRegularizationPerConcept * static_cast<double>(edit.concepts));
+  advice.push_back(edit.regularization < enough
+                       ? format_numbers("raise 'regularization' to %.4g or more", enough)
+                       : "raise 'regularization' further");
+  if (edit.strength > 1.0) advice.emplace_back("lower 'strength' to 1");
+  if (edit.general_prior == GeneralPriorSize::kNone) {
+    advice.emplace_back("choose a 'general prior' in Concept Set");
+  }
+  if (edit.preserved == 0) advice.emplace_back("list what must stay under 'preserve'");
+  if (edit.concepts > 10) advice.emplace_back("erase fewer concepts at once");
+  std::string text = format_numbers(
+      "\nWarning: an edit of %.0f %% damages pictures, above all of what is not listed anywhere; "
+      "below %.0f %% they come out well: ",
+      100 * edit.relative, 100 * bearable);
+  for (size_t i = 0; i < advice.size(); ++i) {
+    text += (i == 0 ? "" : i + 1 == advice.size() ? ", or " : ", ") + advice[i];
+  }
+  return text + ".";
+}
+
+}  // namespace lacuna

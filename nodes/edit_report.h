@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "lacuna/concept_set.h"
+
+namespace lacuna {
+
+// What decides how hard an edit is on a model.
+struct EditSize {
+  double relative = 0.0;  // its norm over that of the edited projections, strength included
+  double strength = 1.0;
+  size_t concepts = 0;
+  size_t preserved = 0;
+  GeneralPriorSize general_prior = GeneralPriorSize::kNone;
+  double regularization = 0.0;
+};
+
+// For the report of a node, before anybody draws: a line that says that such an edit damages
+// pictures, and what to change in the node at hand; empty where the edit is of usual size.
+std::string violence_warning(const EditSize& edit);
+
+}  // namespace lacuna

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/safetensors_file.h"
+
+#include "fuzz/targets.h"
+
+namespace lacuna::fuzz {
+
+void safetensors(std::string_view input) {
+  const InputFile file(input);
+  ends_well([&] { load_safetensors(file.path()); });
+}
+
+}  // namespace lacuna::fuzz
