@@ -4,6 +4,7 @@
 
 #include <c10/core/InferenceMode.h>
 
+#include "concept_sets.h"
 #include "lacuna/error.h"
 #include "nodes/node_registry.h"
 #include "support/fake_host.h"
@@ -13,6 +14,7 @@
 namespace lacuna {
 namespace {
 
+using testing::concepts_named;
 using testing::CountingProgress;
 using testing::FakeDenoiser;
 using testing::FakeTextEncoder;
@@ -20,26 +22,12 @@ using testing::message_of;
 
 using Values = std::map<std::string, Value>;
 
-std::shared_ptr<const ConceptSet> set_of(const std::vector<std::string>& targets) {
-  ConceptSet set;
-  set.general_prior = GeneralPriorSize::kNone;
-  for (const std::string& target : targets) {
-    Concept item;
-    item.target = target;
-    item.anchor = "fog";
-    item.templates = 4;
-    set.concepts.push_back(item);
-  }
-  set.preserve = {{"dog", ConceptKind::kObject, 4}};
-  return std::make_shared<const ConceptSet>(set);
-}
-
 class LoraEraseNodeTest : public testing::DeviceTest {
  protected:
   Values inputs(Values more = {}) {
     more.try_emplace("model", std::shared_ptr<Denoiser>(model_));
     more.try_emplace("clip", std::shared_ptr<TextEncoder>(clip_));
-    more.try_emplace("concepts", set_of({"owl", "black cat"}));
+    more.try_emplace("concepts", concepts_named({"owl", "black cat"}, 4));
     for (const auto& [id, value] : Values{{"steps", int64_t{3}},
                                           {"images", int64_t{2}},
                                           {"sampling_steps", int64_t{3}},
@@ -99,7 +87,7 @@ TEST_P(LoraEraseNodeTest, TrainsEveryConceptOfTheList) {
     EXPECT_EQ(targets_of(*bundle), (std::vector<std::string>{"owl", "black cat"}));
     EXPECT_EQ(bundle->model_fingerprint, "fake-model");
     EXPECT_EQ(bundle->encoder_fingerprint, "fake");
-    EXPECT_EQ(bundle->preserve, set_of({"x"})->preserve);
+    EXPECT_EQ(bundle->preserve, concepts_named({"x"}, 4)->preserve);
     EXPECT_EQ(bundle->general_prior, GeneralPriorSize::kNone);
     for (const auto& lora : bundle->concepts) {
       EXPECT_EQ(lora->pairs.size(), model_->projections_.size());
@@ -151,7 +139,7 @@ TEST_P(LoraEraseNodeTest, AfterACancelTheNextRunGoesOn) {
 }
 
 TEST_P(LoraEraseNodeTest, LorasAreExtendedAndOnlyWhatIsMissingIsTrained) {
-  const auto first = bundle_of(run({{"concepts", set_of({"barn", "owl"})}}));
+  const auto first = bundle_of(run({{"concepts", concepts_named({"barn", "owl"}, 4)}}));
   LoraEraseNode fresh;
   const auto extend = [&](Values more) {
     more["loras"] = first;
@@ -168,7 +156,7 @@ TEST_P(LoraEraseNodeTest, LorasAreExtendedAndOnlyWhatIsMissingIsTrained) {
   EXPECT_EQ(bundle_of(other)->concepts.size(), 3u);
   EXPECT_NE(bundle_of(other)->concepts[1], first->concepts[1]);
   // All there: outputs are valid nevertheless.
-  const NodeResult all = extend({{"concepts", set_of({"barn", "owl"})}});
+  const NodeResult all = extend({{"concepts", concepts_named({"barn", "owl"}, 4)}});
   EXPECT_EQ(bundle_of(all)->concepts, first->concepts);
   EXPECT_EQ(std::get<at::Tensor>(all.outputs[1]).sizes(), at::IntArrayRef({1, 64, 64, 3}));
   EXPECT_FALSE(std::get<std::shared_ptr<const LossMap>>(all.outputs[2])->losses.empty());
@@ -177,7 +165,9 @@ TEST_P(LoraEraseNodeTest, LorasAreExtendedAndOnlyWhatIsMissingIsTrained) {
 TEST_P(LoraEraseNodeTest, PicturesOfTheUserAreTrainedOn) {
   const auto with = [&](const at::Tensor& mask) {
     at::manual_seed(5);
-    Values more{{"concepts", set_of({"owl"})}, {"vae", vae_}, {"image", at::rand({2, 16, 16, 3})}};
+    Values more{{"concepts", concepts_named({"owl"}, 4)},
+                {"vae", vae_},
+                {"image", at::rand({2, 16, 16, 3})}};
     if (mask.defined()) more["mask"] = mask;
     return bundle_of(run(std::move(more)))->concepts[0];
   };
@@ -210,7 +200,7 @@ TEST_P(LoraEraseNodeTest, RefusesBeforeAnyPromptIsEncoded) {
   refuse({{"refinement", std::shared_ptr<const Refinement>(refinement)}}, "another text encoder");
 
   const at::Tensor image = at::rand({2, 16, 16, 3});
-  const auto one = set_of({"owl"});
+  const auto one = concepts_named({"owl"}, 4);
   const auto picture = [&](const at::Tensor& pixels, const at::Tensor& mask,
                            const std::string& expected) {
     Values more{{"concepts", one}, {"vae", vae_}, {"image", pixels}};

@@ -6,6 +6,7 @@
 #include <functional>
 #include <thread>
 
+#include "concept_sets.h"
 #include "nodes/attention_refine_node.h"
 #include "nodes/lora_erase_node.h"
 #include "nodes/lora_fuse_node.h"
@@ -15,26 +16,13 @@
 namespace lacuna {
 namespace {
 
+using testing::concepts_named;
 using testing::FakeDenoiser;
 using testing::FakeTextEncoder;
 
 using Values = std::map<std::string, Value>;
 
 constexpr int64_t kSize = 16;
-
-std::shared_ptr<const ConceptSet> concepts_named(const std::vector<std::string>& targets) {
-  ConceptSet set;
-  set.general_prior = GeneralPriorSize::kNone;
-  for (const std::string& target : targets) {
-    Concept item;
-    item.target = target;
-    item.anchor = "fog";
-    item.templates = 2;
-    set.concepts.push_back(item);
-  }
-  set.preserve = {{"dog", ConceptKind::kObject, 2}};
-  return std::make_shared<const ConceptSet>(std::move(set));
-}
 
 // Calls back once, in the middle of a run.
 class Interrupting : public Progress {
@@ -60,7 +48,7 @@ class ThreadsTest : public testing::SeededTest {
   static Values inputs(const std::vector<std::string>& targets, Values more) {
     more.try_emplace("model", std::shared_ptr<Denoiser>(model()));
     more.try_emplace("clip", std::shared_ptr<TextEncoder>(std::make_shared<FakeTextEncoder>()));
-    more.try_emplace("concepts", concepts_named(targets));
+    more.try_emplace("concepts", concepts_named(targets, 2));
     return more;
   }
   static std::shared_ptr<FakeDenoiser> model() {
