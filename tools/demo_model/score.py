@@ -5,6 +5,7 @@ python tools/demo_model/score.py --task objects --method none mace uce full cach
 python tools/demo_model/score.py --task individuals --method my_lora --lora FILE.safetensors
 python tools/demo_model/score.py --task weapons --method my_graph --workflow GRAPH.json
 python tools/demo_model/score.py gates
+python tools/demo_model/score.py gates --transformer   of the demo transformer
 python tools/demo_model/score.py table         build/quality.json as Markdown
 
 `none`, the closed forms `mace` and `uce`, and the trained methods run here: `full` and `cached`
@@ -453,10 +454,9 @@ def gate_trials(names: dict[str, Any], count: int, seed: int) -> dict[str, list[
     return {**objects, "flags": flags[: max(count // 2, 1)]}
 
 
-def gates(options: argparse.Namespace, studio: Studio, host: Any) -> None:
+def gates(options: argparse.Namespace, studio: Studio, model: Any) -> None:
     """Accuracy of the unedited model on held-out captions."""
     names = json.loads((options.assets / "names.json").read_text(encoding="utf-8"))
-    model = host.load_checkpoint("")[0]
     outcomes = {}
     for part, trials in gate_trials(names, options.count, seed=11).items():
         outcomes[part] = outcome = studio.judge(model, trials, False)
@@ -468,7 +468,8 @@ def gates(options: argparse.Namespace, studio: Studio, host: Any) -> None:
         most = ", ".join(f"{name} {count}" for name, count in wrong.most_common(12))
         print(f"  most often wrong: {most or 'none'}", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    contact_sheet(outcomes, "gates", columns=20).save(options.out / "gates.png")
+    sheet = "transformer_gates" if options.transformer else "gates"
+    contact_sheet(outcomes, sheet, columns=20).save(options.out / f"{sheet}.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -493,6 +494,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=500, help="pictures of objects (gates)")
     parser.add_argument("--cfg", type=float, help="instead of the protocol's (gates)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--transformer", action="store_true",
+                        help="the demo transformer, on the CPU (gates)")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.command == "table":
         print(markdown_table(json.loads((options.out / "quality.json").read_text("utf-8"))))
@@ -500,10 +503,25 @@ def main(arguments: list[str] | None = None) -> int:
     brings = options.lora or options.patch or options.workflow or options.checkpoint
     if not brings and not set(METHODS).issuperset(options.method):
         parser.error(f"only {', '.join(METHODS)} run without a file that brings the edit")
+    if options.transformer and options.command != "gates":
+        parser.error("--transformer is for gates")
     if (options.lora or options.patch or options.workflow) and len(options.method) != 1:
         parser.error("a file that brings an edit needs one --method name as its label")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    protocol = read_protocol(options.protocol)
+    sampling = dict(protocol["sampling"])
+    if options.command == "gates":
+        sampling |= protocol["gates"]
+    if options.cfg:
+        sampling["cfg"] = options.cfg
+    judge = Evaluator.load(options.assets / "evaluator.safetensors")
+    if options.transformer:
+        from flow_studio import FlowStudio
+
+        weights = REPOSITORY / "assets" / "demo_transformer" / "transformer.safetensors"
+        gates(options, FlowStudio(weights, options.assets, judge, sampling), None)
+        return 0
     from python_shim import loader
     from python_shim.diffusers_host import DiffusersHost
 
@@ -516,17 +534,10 @@ def main(arguments: list[str] | None = None) -> int:
         cache_directory=folder / "cache",
         device=options.device,
     )
-    _, clip, vae = host.load_checkpoint("")
-    protocol = read_protocol(options.protocol)
-    sampling = dict(protocol["sampling"])
-    if options.command == "gates":
-        sampling |= protocol["gates"]
-    if options.cfg:
-        sampling["cfg"] = options.cfg
-    judge = Evaluator.load(options.assets / "evaluator.safetensors")
+    model, clip, vae = host.load_checkpoint("")
     studio = Studio(clip, vae, judge, sampling)
     if options.command == "gates":
-        gates(options, studio, host)
+        gates(options, studio, model)
     else:
         bundles = options.out / "quality" / "bundles"
         score(options, studio, loader.load().NodePack(str(bundles)), host, bundles)
