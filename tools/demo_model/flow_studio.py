@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class FlowStudio(Studio):
             generator = torch.Generator().manual_seed(s["seed"] + start)
             latent = torch.randn(shape, generator=generator)
             sigmas = shifted_sigmas(s["steps"]).tolist()
-            for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+            for sigma, following in pairwise(sigmas):
                 prompted, empty = self._model(
                     hidden_states=torch.cat([latent, latent]),
                     encoder_hidden_states=hidden[rows],
