@@ -73,9 +73,11 @@ class BenchModel : public Denoiser {
     }
     return edited;
   }
-  std::shared_ptr<Denoiser> with_context_map(const at::Tensor&, const at::Tensor&,
-                                             double) override {
-    return nullptr;
+  std::shared_ptr<Denoiser> with_weight_maps(const std::vector<TextMap>&, double) override {
+    throw unused();
+  }
+  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>&, double) override {
+    throw unused();
   }
   at::Tensor noise_levels() override { throw unused(); }
   std::vector<int64_t> latent_shape(int64_t, int64_t) override { throw unused(); }

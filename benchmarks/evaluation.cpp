@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "bench_model.h"
-#include "lacuna/concept_set.h"
-#include "lacuna/random_stream.h"
-#include "lacuna/residual_scan.h"
+#include "lacuna/concepts/concept_set.h"
+#include "lacuna/evaluation/residual_scan.h"
+#include "lacuna/files/random_stream.h"
 
 namespace {
 

@@ -3,18 +3,19 @@
 
 #include <cmath>
 
-#include "lacuna/attention_projection.h"
-#include "lacuna/erasure_patch.h"
-#include "lacuna/lora_export.h"
-#include "lacuna/low_rank.h"
-#include "lacuna/text.h"
+#include "lacuna/closed_form/attention_projection.h"
+#include "lacuna/closed_form/erasure_patch.h"
+#include "lacuna/closed_form/lora_export.h"
+#include "lacuna/closed_form/low_rank.h"
+#include "lacuna/files/text.h"
+#include "nodes/common_inputs.h"
 #include "nodes/edit_report.h"
 
 namespace lacuna {
 namespace {
 
-// Statistics of 50 SD1.x concepts; SDXL concepts are seven times larger.
-constexpr int64_t kRefineCacheBytes = 768ll << 20;
+// Embeddings of 35 SD1.x or 13 SDXL concepts.
+constexpr int64_t kRefineCacheBytes = 256ll << 20;
 
 RefinementOptions read_refinement_options(const NodeInputs& inputs) {
   RefinementOptions options;
@@ -192,15 +193,8 @@ const NodeSchema& AttentionRefineNode::schema() const {
                .advanced = true,
                .default_value = std::string("auto"),
                .options = {"auto", "weights", "conditioning"}},
-              {.id = "lora_rank",
-               .display_name = "LoRA rank",
-               .type = socket::kInt,
-               .tooltip = "Largest rank of the LoRA output. The report says what it leaves out.",
-               .advanced = true,
-               .default_value = int64_t{64},
-               .min = 1,
-               .max = 768,
-               .step = 1},
+              lora_rank_input(),
+              lora_rank_limit_input(),
           },
       .outputs =
           {{"model", "model", socket::kModel, "The model without the concepts."},
@@ -239,7 +233,10 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
         "conditioning");
   }
   check_phrases(*clip, concepts);
-  const at::Tensor gram = projection_gram(*model, projections, progress);
+  const at::Tensor rows = projection_rows(*model, projections, progress);
+  const at::Tensor gram = options.adversarial_rounds > 0
+                              ? projection_gram(*model, projections, progress)
+                              : at::Tensor();
 
   auto cache = cache_.borrow(kRefineCacheBytes);
   const RefinementProblem problem = collect_problem(*clip, concepts, options, &*cache, progress);
@@ -248,24 +245,18 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
   refinement.encoder_fingerprint = clip->fingerprint();
   refinement.encoder_samples = clip->weight_samples();
 
-  const int64_t lora_rank = inputs.integer("lora_rank");
-  const SharedFactorization factors(refinement.delta, gram, lora_rank, progress);
+  const LoraLimits limits = lora_limits(inputs);
+  const SharedFactorization factors(refinement.delta, rows, limits.rank, progress, limits.left_out);
   const LoraExport lora =
-      export_lora(*model, projections, refinement.delta, factors, lora_rank, strength, progress);
+      export_lora(*model, projections, refinement.delta, factors, limits, strength, progress);
 
   const bool packed = !model->patchable();
   const bool as_weights = apply_as == "weights" || (apply_as == "auto" && !packed);
-  std::shared_ptr<Denoiser> erased;
-  if (as_weights) {
-    erased = model->with_weight_deltas(
-        weight_deltas(*model, projections, refinement.delta, factors, progress), strength);
-  } else {
-    const at::Tensor map = refinement.delta.to(at::kFloat);
-    erased = model->with_context_map(
-        options.matrices == EditedMatrices::kKeyAndValue ? map : at::Tensor(), map, strength);
-  }
+  const std::vector<TextMap> maps{text_map(refinement.delta, projections)};
+  std::shared_ptr<Denoiser> erased =
+      as_weights ? model->with_weight_maps(maps, strength) : model->with_input_maps(maps, strength);
 
-  const double original_norm = std::sqrt(gram.diagonal().sum().item<double>());
+  const double original_norm = rows.norm().item<double>();
   NodeResult result;
   const AppliedTo to = strength == 0.0 ? AppliedTo::kNothing
                        : as_weights    ? AppliedTo::kWeights

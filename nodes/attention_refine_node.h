@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "lacuna/refinement.h"
+#include "lacuna/closed_form/refinement.h"
 #include "nodes/kept_state.h"
 #include "nodes/node.h"
 

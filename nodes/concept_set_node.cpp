@@ -3,10 +3,10 @@
 
 #include <algorithm>
 
-#include "lacuna/concept_set.h"
-#include "lacuna/prompt_templates.h"
-#include "lacuna/text.h"
-#include "lacuna/typed_list.h"
+#include "lacuna/concepts/concept_set.h"
+#include "lacuna/concepts/prompt_templates.h"
+#include "lacuna/concepts/typed_list.h"
+#include "lacuna/files/text.h"
 
 namespace lacuna {
 namespace {

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "lacuna/text.h"
+#include "lacuna/files/text.h"
 
 namespace lacuna {
 namespace {

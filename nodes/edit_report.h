@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <string>
 
-#include "lacuna/concept_set.h"
+#include "lacuna/concepts/concept_set.h"
 
 namespace lacuna {
 

@@ -6,12 +6,12 @@
 #include <system_error>
 #include <utility>
 
-#include "lacuna/contact_sheet.h"
+#include "lacuna/concepts/typed_list.h"
 #include "lacuna/error.h"
-#include "lacuna/evaluation.h"
-#include "lacuna/evaluation_report.h"
-#include "lacuna/text.h"
-#include "lacuna/typed_list.h"
+#include "lacuna/evaluation/contact_sheet.h"
+#include "lacuna/evaluation/evaluation.h"
+#include "lacuna/evaluation/evaluation_report.h"
+#include "lacuna/files/text.h"
 #include "nodes/numbered_path.h"
 
 namespace lacuna {

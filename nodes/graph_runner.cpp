@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "lacuna/error.h"
-#include "lacuna/json_text.h"
-#include "lacuna/text.h"
+#include "lacuna/files/json_text.h"
+#include "lacuna/files/text.h"
 #include "nodes/file_name.h"
 
 namespace lacuna {

@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "lacuna/error.h"
-#include "lacuna/image_file.h"
-#include "lacuna/safetensors_file.h"
+#include "lacuna/files/image_file.h"
+#include "lacuna/files/safetensors_file.h"
 #include "nodes/numbered_path.h"
 
 namespace lacuna {

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "lacuna/error.h"
-#include "lacuna/lora_bundle.h"
+#include "lacuna/training/lora_bundle.h"
 #include "nodes/numbered_path.h"
 
 namespace lacuna {

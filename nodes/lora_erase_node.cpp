@@ -9,11 +9,11 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "lacuna/attention_projection.h"
+#include "lacuna/closed_form/attention_projection.h"
 #include "lacuna/error.h"
-#include "lacuna/lora_bundle.h"
-#include "lacuna/random_stream.h"
-#include "lacuna/text.h"
+#include "lacuna/files/random_stream.h"
+#include "lacuna/files/text.h"
+#include "lacuna/training/lora_bundle.h"
 
 namespace lacuna {
 namespace {

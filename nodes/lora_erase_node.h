@@ -4,7 +4,7 @@
 #include <map>
 #include <string>
 
-#include "lacuna/lora_trainer.h"
+#include "lacuna/training/lora_trainer.h"
 #include "nodes/kept_state.h"
 #include "nodes/node.h"
 

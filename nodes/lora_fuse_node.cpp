@@ -9,13 +9,14 @@
 #include <sstream>
 #include <utility>
 
-#include "lacuna/attention_projection.h"
+#include "lacuna/closed_form/attention_projection.h"
+#include "lacuna/closed_form/lora_export.h"
+#include "lacuna/closed_form/low_rank.h"
+#include "lacuna/concepts/typed_list.h"
 #include "lacuna/error.h"
-#include "lacuna/lora_bundle.h"
-#include "lacuna/lora_export.h"
-#include "lacuna/low_rank.h"
-#include "lacuna/text.h"
-#include "lacuna/typed_list.h"
+#include "lacuna/files/text.h"
+#include "lacuna/training/lora_bundle.h"
+#include "nodes/common_inputs.h"
 #include "nodes/edit_report.h"
 
 namespace lacuna {
@@ -302,15 +303,8 @@ const NodeSchema& LoraFuseNode::schema() const {
                .tooltip = "Concepts that are not fused, one a line. Nothing is trained again.",
                .multiline = true,
                .default_value = std::string()},
-              {.id = "lora_rank",
-               .display_name = "LoRA rank",
-               .type = socket::kInt,
-               .tooltip = "Largest rank of the LoRA output. The report says what it leaves out.",
-               .advanced = true,
-               .default_value = int64_t{128},
-               .min = 1,
-               .max = 768,
-               .step = 1},
+              lora_rank_input(),
+              lora_rank_limit_input(),
           },
       .outputs =
           {{"model", "model", socket::kModel, "The model without the concepts."},
@@ -333,7 +327,7 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   const auto& clip = inputs.get<std::shared_ptr<TextEncoder>>("clip");
   const FusionOptions options = read_fusion_options(inputs);
   const double strength = inputs.number("strength");
-  const int64_t lora_rank = inputs.integer("lora_rank");
+  const LoraLimits limits = lora_limits(inputs);
 
   // Everything that can be refused is refused before the first prompt is encoded.
   const std::vector<AttentionProjection> projections =
@@ -370,7 +364,7 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   ConceptSet preserved;
   preserved.preserve = bundle.preserve;
   check_phrases(*clip, preserved);
-  const at::Tensor gram = projection_gram(*model, projections, progress);
+  const at::Tensor rows = projection_rows(*model, projections, progress);
 
   std::vector<std::string> erased;
   for (const auto& item : bundle.concepts) {
@@ -382,17 +376,16 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   auto sums = sums_.borrow();
   sums->assign(bundle.concepts);
   const Fusion fusion = sums->solve(kept, options, selection.strengths, progress);
-  const SharedFactorization factors(fusion.patch.delta, gram, 2 * lora_rank, progress);
+  const SharedFactorization factors(fusion.patch.delta, rows, 2 * limits.rank, progress);
   const LoraExport lora =
-      export_lora(*model, projections, fusion.patch, factors, lora_rank, strength, progress);
+      export_lora(*model, projections, fusion.patch, factors, limits, strength, progress);
   // At strength 0 the model itself, so that not even rounding differs.
   std::shared_ptr<Denoiser> erased_model = model;
   if (strength != 0.0) {
-    erased_model = model->with_weight_deltas(
-        weight_deltas(*model, projections, fusion.patch, factors, progress), strength);
+    erased_model = with_patch(*model, projections, fusion.patch, strength);
   }
 
-  const double original_norm = std::sqrt(gram.diagonal().sum().item<double>());
+  const double original_norm = rows.norm().item<double>();
   std::string text = report(selection, options, fusion, lora, original_norm, strength);
   NodeResult result;
   result.text = {text};

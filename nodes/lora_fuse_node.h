@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "lacuna/fusion.h"
-#include "lacuna/refinement.h"
+#include "lacuna/closed_form/refinement.h"
+#include "lacuna/training/fusion.h"
 #include "nodes/kept_state.h"
 #include "nodes/node.h"
 

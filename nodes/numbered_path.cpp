@@ -5,7 +5,7 @@
 #include <filesystem>
 
 #include "lacuna/error.h"
-#include "lacuna/file_path.h"
+#include "lacuna/files/file_path.h"
 #include "nodes/file_name.h"
 
 namespace lacuna {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "lacuna/output_file.h"
+#include "lacuna/files/output_file.h"
 
 namespace lacuna {
 

@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "lacuna/safetensors_file.h"
+#include "lacuna/files/safetensors_file.h"
 #include "nodes/numbered_path.h"
 
 namespace lacuna {

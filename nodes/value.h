@@ -10,12 +10,12 @@
 #include <variant>
 #include <vector>
 
-#include "lacuna/concept_lora.h"
-#include "lacuna/concept_set.h"
-#include "lacuna/detector.h"
+#include "lacuna/closed_form/refinement.h"
+#include "lacuna/concepts/concept_set.h"
+#include "lacuna/evaluation/detector.h"
+#include "lacuna/evaluation/image_encoder.h"
 #include "lacuna/host.h"
-#include "lacuna/image_encoder.h"
-#include "lacuna/refinement.h"
+#include "lacuna/training/concept_lora.h"
 
 namespace lacuna {
 

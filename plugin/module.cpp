@@ -7,10 +7,10 @@
 #include <set>
 #include <tuple>
 
-#include "lacuna/confidence.h"
 #include "lacuna/error.h"
-#include "lacuna/evaluation_report.h"
-#include "lacuna/image_file.h"
+#include "lacuna/evaluation/confidence.h"
+#include "lacuna/evaluation/evaluation_report.h"
+#include "lacuna/files/image_file.h"
 #include "nodes/graph_runner.h"
 #include "nodes/host_nodes.h"
 #include "nodes/node_registry.h"

@@ -143,12 +143,14 @@ class PythonDenoiser final : public Denoiser {
     return wrap_denoiser(handle_.call<py::object>("with_weight_deltas", list, strength));
   }
 
-  std::shared_ptr<Denoiser> with_context_map(const at::Tensor& key_delta,
-                                             const at::Tensor& value_delta,
+  std::shared_ptr<Denoiser> with_weight_maps(const std::vector<TextMap>& maps,
                                              double strength) override {
-    py::gil_scoped_acquire gil;
-    return wrap_denoiser(handle_.call<py::object>("with_context_map", optional(key_delta),
-                                                  optional(value_delta), strength));
+    return with_maps("with_weight_maps", maps, strength);
+  }
+
+  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps,
+                                            double strength) override {
+    return with_maps("with_input_maps", maps, strength);
   }
 
   at::Tensor noise_levels() override { return handle_.attribute<at::Tensor>("noise_levels"); }
@@ -187,6 +189,16 @@ class PythonDenoiser final : public Denoiser {
   const py::object& object() const { return handle_.get(); }
 
  private:
+  std::shared_ptr<Denoiser> with_maps(const char* method, const std::vector<TextMap>& maps,
+                                      double strength) {
+    py::gil_scoped_acquire gil;
+    py::list list;
+    for (const TextMap& map : maps) {
+      list.append(py::make_tuple(map.entries, map.out, optional(map.in)));
+    }
+    return wrap_denoiser(handle_.call<py::object>(method, list, strength));
+  }
+
   Handle handle_;
 };
 

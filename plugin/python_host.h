@@ -5,9 +5,9 @@
 
 #include <memory>
 
-#include "lacuna/detector.h"
+#include "lacuna/evaluation/detector.h"
+#include "lacuna/evaluation/image_encoder.h"
 #include "lacuna/host.h"
-#include "lacuna/image_encoder.h"
 
 namespace lacuna {
 

@@ -56,6 +56,8 @@ from .fingerprint import Identity, fingerprint, identify
 log = logging.getLogger(__name__)
 
 Delta = tuple[str, torch.Tensor, torch.Tensor | None]
+# weights that read x, and x <- x + strength * x @ (out @ inner).T; out alone when inner is None
+TextMap = tuple[list[str], torch.Tensor, torch.Tensor | None]
 Tap = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 _FAMILIES = {"SD15": "SD1.x", "SD20": "SD2.x", "SDXL": "SDXL", "SDXLRefiner": "SDXL refiner"}
@@ -378,13 +380,32 @@ class ComfyDenoiser:
             raise HostError(f"The model has no weight named {min(missing)}; nothing was changed.")
         return ComfyDenoiser(patcher)
 
-    def with_context_map(
-        self, key_delta: torch.Tensor | None, value_delta: torch.Tensor | None, strength: float
-    ) -> ComfyDenoiser:
+    def with_weight_maps(self, maps: Sequence[TextMap], strength: float) -> ComfyDenoiser:
         patcher = self.patcher.clone()
-        if strength != 0.0:
-            patcher.set_model_attn2_patch(_context_patch(key_delta, value_delta, strength))
+        if strength == 0.0:
+            return ComfyDenoiser(patcher)
+        for entries, out, inner in maps:
+            self._require(entries)
+            shared = tuple(None if t is None else t.detach().cpu() for t in (out, inner))
+            patches = {name: _TextMapAdapter({name}, shared) for name in entries}
+            patcher.add_patches(patches, strength)
         return ComfyDenoiser(patcher)
+
+    def with_input_maps(self, maps: Sequence[TextMap], strength: float) -> ComfyDenoiser:
+        patcher = self.patcher.clone()
+        for entries, out, inner in maps if strength != 0.0 else ():
+            self._require(entries)
+            patcher.add_wrapper_with_key(
+                comfy.patcher_extension.WrappersMP.APPLY_MODEL,
+                "lacuna",
+                _InputMap(entries, out, inner, strength),
+            )
+        return ComfyDenoiser(patcher)
+
+    def _require(self, names: Sequence[str]) -> None:
+        missing = set(names) - set(self.patcher.model.state_dict())
+        if missing:  # the host drops unknown keys without a word
+            raise HostError(f"The model has no weight named {min(missing)}; nothing was changed.")
 
     # --- forward passes ---
 
@@ -622,39 +643,78 @@ def _kohya(name: str) -> str:
     return "lora_unet_" + module.replace(".", "_")
 
 
-def _context_patch(
-    key_delta: torch.Tensor | None, value_delta: torch.Tensor | None, strength: float
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """A plain function: the host may deep-copy a patch object, and moves one that has a `.to`."""
-    deltas = [
-        None if delta is None else (strength * delta.detach().float()).cpu()
-        for delta in (key_delta, value_delta)
-    ]
-    on_device: dict[torch.device, list[torch.Tensor | None]] = {}
-    # All layers of a step get the same two tensors: map them once.
-    last: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+class _TextMapAdapter(WeightAdapterBase):
+    """W <- W + strength * W @ delta, one delta for all weights that read the same text.
 
-    def mapped(embedding: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
-        if delta is None:
-            return embedding
-        wide = embedding.float()
-        return (wide + wide @ leave_inference_mode(delta).T).to(embedding.dtype)
+    Merged by the host like a LoRA: on the weight's device, after the patches before it.
+    """
 
-    def patch(
-        n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, _options: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        trained = context.requires_grad  # what is kept would hold on to the pass's graph
-        known = None if trained else last.get(context.device)
-        if known is None or known[0] is not context or known[1] is not value:
-            key_map, value_map = on_device.setdefault(
-                context.device, [None if d is None else d.to(context.device) for d in deltas]
-            )
-            known = (context, value, mapped(context, key_map), mapped(value, value_map))
-            if not trained:
-                last[context.device] = known
-        return n, known[2], known[3]
+    name = "lacuna_text_map"
 
-    return patch
+    def __init__(self, loaded_keys: set[str], weights: tuple[torch.Tensor | None, ...]) -> None:
+        self.loaded_keys = loaded_keys
+        self.weights = weights  # out, inner
+
+    def calculate_weight(
+        self,
+        weight: torch.Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: Any = None,
+    ) -> torch.Tensor:
+        change = weight.float()  # in half precision the product would be worth less than the edit
+        for factor in self.weights:
+            if factor is not None:
+                cast = comfy.model_management.cast_to_device(factor, weight.device, torch.float32)
+                change = change @ cast
+        weight += function((strength * change).to(weight.dtype))
+        return weight
+
+
+class _InputMap:
+    """An APPLY_MODEL wrapper: the same edit on what the weights read, while the model runs."""
+
+    def __init__(
+        self,
+        entries: Sequence[str],
+        out: torch.Tensor,
+        inner: torch.Tensor | None,
+        strength: float,
+    ) -> None:
+        self._modules = [name.removesuffix(".weight") for name in entries]
+        self._factors = [t.detach().float().cpu().T for t in (inner, out) if t is not None]
+        self._strength = strength
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _InputMap:
+        return self  # never changes; older hosts copy what a MODEL carries with every clone
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        seen: list[torch.Tensor] = []  # all layers read one tensor, which is mapped once
+
+        def mapped(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+            text = inputs[0]
+            if not seen or seen[0] is not text:
+                change = text.float()
+                for factor in self._factors:
+                    change = change @ leave_inference_mode(factor).to(text.device)
+                seen[:] = [text, (text.float() + self._strength * change).to(text.dtype)]
+            return (seen[1], *inputs[1:])
+
+        model = executor.class_obj
+        # A later edit is the first to see the text: W N1 N2, as for weights.
+        hooks = [
+            comfy.utils.get_attr(model, name).register_forward_pre_hook(mapped, prepend=True)
+            for name in self._modules
+        ]
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class ComfyImageDecoder:

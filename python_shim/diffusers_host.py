@@ -30,6 +30,8 @@ from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
 log = logging.getLogger(__name__)
 
 Tap = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+# weights that read x, and x <- x + strength * x @ (out @ inner).T; out alone when inner is None
+TextMap = tuple[list[str], torch.Tensor, torch.Tensor | None]
 
 
 class DiffusersTextEncoder:
@@ -82,25 +84,46 @@ class DiffusersTextEncoder:
         return ids + [clip_bpe.END_ID] * (self.window - len(ids))
 
 
-class _ContextMap:
-    """Forward pre-hook of key or value projections: e <- e + strength * e @ delta.T, per map."""
+@dataclass(frozen=True)
+class _Change:
+    """W <- W + strength * left @ right, or of_weight: W + strength * W @ left @ right."""
 
-    def __init__(self, maps: list[tuple[torch.Tensor, float]]) -> None:
-        self._maps = maps
-        self._source: torch.Tensor | None = None
-        self._mapped: torch.Tensor | None = None
+    name: str
+    left: torch.Tensor
+    right: torch.Tensor | None
+    strength: float
+    of_weight: bool = False
 
-    def __call__(
-        self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...]:
-        context = inputs[0]
-        # all layers of all steps see the same context tensor, so that it is mapped once per run
-        if context is not self._source or self._mapped is None:
-            mapped = context
-            for delta, strength in self._maps:
-                mapped = mapped + strength * (mapped @ leave_inference_mode(delta).to(mapped).T)
-            self._source, self._mapped = context, mapped
-        return (self._mapped, *inputs[1:])
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        change = weight @ self.left.to(weight) if self.of_weight else self.left.to(weight)
+        if self.right is not None:
+            change = change @ self.right.to(weight)
+        return self.strength * change.reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class _InputMap:
+    """The same edit on what weights read: a hook before their modules, for one pass or run."""
+
+    names: tuple[str, ...]
+    factors: tuple[torch.Tensor, ...]  # x <- x + strength * x @ factors[0] @ ...
+    strength: float
+
+    def hook(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        seen: list[torch.Tensor] = []  # all layers of all steps read one tensor: mapped once
+
+        def mapped(
+            _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
+        ) -> tuple[torch.Tensor, ...]:
+            text = inputs[0]
+            if not seen or seen[0] is not text:
+                change = text
+                for factor in self.factors:
+                    change = change @ leave_inference_mode(factor).to(text)
+                seen[:] = [text, text + self.strength * change]
+            return (seen[1], *inputs[1:])
+
+        return mapped
 
 
 class _LastAttentionSeen(BaseException):
@@ -148,7 +171,6 @@ class _SharedUNet:
         }
         self.lock = threading.RLock()
         self.cross_attention: list[tuple[str, str, str]] = []
-        self.projections: dict[str, list[torch.nn.Module]] = {"key": [], "value": []}
         self.layers: dict[str, torch.nn.Module] = {}  # by common weight name, as they run
         self.merged: tuple[object, dict[str, torch.Tensor]] = ((), {})
         attentions = [item for item in unet.named_modules() if ".attn2" in item[0]]
@@ -159,7 +181,6 @@ class _SharedUNet:
                     self.cross_attention.append(
                         (f"diffusion_model.{unet_names[path + '.weight']}", lora_name, role)
                     )
-                    self.projections[role].append(module)
             if path.endswith(".attn2"):
                 name = f"diffusion_model.{unet_names[path + '.to_k.weight']}"
                 self.layers[name.removesuffix(".to_k.weight")] = module
@@ -174,8 +195,8 @@ class DiffusersDenoiser:
     """An immutable view of a UNet: shared base weights and changes that are merged for sampling."""
 
     _base: _SharedUNet
-    _deltas: tuple[tuple[Delta, float], ...] = ()
-    _context_maps: tuple[tuple[torch.Tensor | None, torch.Tensor | None, float], ...] = ()
+    _changes: tuple[_Change, ...] = ()
+    _input_maps: tuple[_InputMap, ...] = ()
 
     family = "SD1.x"
     patchable = True
@@ -198,12 +219,9 @@ class DiffusersDenoiser:
     def effective_weight(self, name: str) -> torch.Tensor:
         with torch.no_grad():
             weight = self._weight(name).detach().float().clone()
-            for (changed, up, down), strength in self._deltas:
-                if changed != name:
-                    continue
-                up = up.to(weight)
-                change = up if down is None else up @ down.to(weight)
-                weight += strength * change.reshape(weight.shape)
+            for change in self._changes:
+                if change.name == name:
+                    weight += change.of(weight)
         return weight
 
     def with_weight_deltas(self, deltas: Sequence[Delta], strength: float) -> DiffusersDenoiser:
@@ -222,26 +240,52 @@ class DiffusersDenoiser:
         if strength == 0.0 or not deltas:
             return self
         added = tuple(
-            ((name, up.detach(), None if down is None else down.detach()), float(strength))
+            _Change(name, up.detach(), None if down is None else down.detach(), float(strength))
             for name, up, down in deltas
         )
-        return replace(self, _deltas=self._deltas + added)
+        return replace(self, _changes=self._changes + added)
 
-    def with_context_map(
-        self, key_delta: torch.Tensor | None, value_delta: torch.Tensor | None, strength: float
-    ) -> DiffusersDenoiser:
-        width = sd1_checkpoint.CONTEXT_WIDTH
-        for delta in (key_delta, value_delta):
-            if delta is not None and delta.shape != (width, width):
-                raise HostError(
-                    f"A context map should be a {width} x {width} matrix, not {list(delta.shape)}."
-                )
-        if strength == 0.0 or (key_delta is None and value_delta is None):
+    def with_weight_maps(self, maps: Sequence[TextMap], strength: float) -> DiffusersDenoiser:
+        self._check(maps)
+        if strength == 0.0:
             return self
-        pair = tuple(
-            None if delta is None else delta.detach() for delta in (key_delta, value_delta)
+        added = tuple(
+            _Change(
+                name,
+                out.detach(),
+                None if inner is None else inner.detach(),
+                float(strength),
+                of_weight=True,
+            )
+            for entries, out, inner in maps
+            for name in entries
         )
-        return replace(self, _context_maps=(*self._context_maps, (*pair, float(strength))))
+        return replace(self, _changes=self._changes + added)
+
+    def with_input_maps(self, maps: Sequence[TextMap], strength: float) -> DiffusersDenoiser:
+        self._check(maps)
+        if strength == 0.0:
+            return self
+        added = tuple(
+            _InputMap(
+                tuple(entries),
+                tuple(t.detach().T for t in (inner, out) if t is not None),
+                float(strength),
+            )
+            for entries, out, inner in maps
+        )
+        return replace(self, _input_maps=self._input_maps + added)
+
+    def _check(self, maps: Sequence[TextMap]) -> None:
+        for entries, out, inner in maps:
+            reads = (out if inner is None else inner).shape[-1]
+            for name in entries:
+                width = self._weight(name).shape[-1]
+                if (out.shape[0], reads) != (width, width):
+                    raise HostError(
+                        f"A map of what {name} reads should be {width} x {width}, "
+                        f"not {out.shape[0]} x {reads}."
+                    )
 
     def sample(
         self,
@@ -273,7 +317,7 @@ class DiffusersDenoiser:
         unet = self._base.unet
         device = next(unet.parameters()).device
         guided = cfg != 1.0
-        with torch.no_grad(), self._base.lock, self._context_mapped():
+        with torch.no_grad(), self._base.lock, self._inputs_mapped():
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(latent.shape, generator=generator)
             starts_at_full_noise = abs(float(sigmas[0]) / float(schedule.sigmas[-1]) - 1.0) < 1e-5
@@ -322,7 +366,7 @@ class DiffusersDenoiser:
             return None  # nobody would see it
         unet = self._base.unet
         device = next(unet.parameters()).device
-        with self._base.lock, self._context_mapped(), self._tapped(tap, attention_only):
+        with self._base.lock, self._inputs_mapped(), self._tapped(tap, attention_only):
             weights = dict(self._merged())
             if gradients_wanted():
                 weights |= {
@@ -353,33 +397,29 @@ class DiffusersDenoiser:
         They take the place of the base weights for one call at a time, and are kept until another
         view needs its own: training runs many passes through one view.
         """
-        if self._base.merged[0] is not self._deltas:
+        if self._base.merged[0] is not self._changes:
             self._base.merged = ((), {})  # two sets at a time would not fit every machine
             with torch.inference_mode(False):  # of use to any later pass
                 merged = {
                     self._base.module_names[name]: self.effective_weight(name).to(
                         self._weight(name).dtype
                     )
-                    for name in dict.fromkeys(delta[0] for delta, _ in self._deltas)
+                    for name in dict.fromkeys(change.name for change in self._changes)
                 }
-            self._base.merged = (self._deltas, merged)
+            self._base.merged = (self._changes, merged)
         return self._base.merged[1]
 
     @contextlib.contextmanager
-    def _context_mapped(self) -> Iterator[None]:
+    def _inputs_mapped(self) -> Iterator[None]:
         handles = []
         try:
-            for index, role in enumerate(("key", "value")):
-                maps = [
-                    (entry[index], entry[2])
-                    for entry in self._context_maps
-                    if entry[index] is not None
-                ]
-                if maps:
-                    hook = _ContextMap(maps)
-                    handles += [
-                        m.register_forward_pre_hook(hook) for m in self._base.projections[role]
-                    ]
+            for each in self._input_maps:
+                hook = each.hook()
+                for name in each.names:
+                    path = self._base.module_names[name].removesuffix(".weight")
+                    module = self._base.unet.get_submodule(path)
+                    # A later edit is the first to see the text: W N1 N2, as for weights.
+                    handles.append(module.register_forward_pre_hook(hook, prepend=True))
             yield
         finally:
             for handle in handles:

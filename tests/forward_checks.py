@@ -212,3 +212,12 @@ def check_exceptions(
         assert caught.value is error and len(tap.layers) == stop_at
     assert torch.equal(denoiser.denoise(*asked, None, False), before)
     assert state_hash(module) == weights
+
+
+def sided(denoiser: Any, key: torch.Tensor | None, value: torch.Tensor | None) -> list[Any]:
+    """Maps for the keys and the values of all cross-attention layers; None leaves a side alone."""
+    return [
+        ([name for name, _, kind in denoiser.cross_attention() if kind == role], delta, None)
+        for role, delta in (("key", key), ("value", value))
+        if delta is not None
+    ]

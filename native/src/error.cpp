@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lacuna/error.h"
 
-#include "lacuna/text.h"
+#include "lacuna/files/text.h"
 
 namespace lacuna {
 namespace {

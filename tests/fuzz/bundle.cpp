@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "fuzz/targets.h"
-#include "lacuna/checksum.h"
-#include "lacuna/lora_bundle.h"
-#include "lacuna/safetensors_file.h"
+#include "lacuna/files/checksum.h"
+#include "lacuna/files/safetensors_file.h"
+#include "lacuna/training/lora_bundle.h"
 
 namespace lacuna::fuzz {
 

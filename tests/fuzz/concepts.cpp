@@ -2,9 +2,9 @@
 #include <stdexcept>
 
 #include "fuzz/targets.h"
-#include "lacuna/concept_set.h"
-#include "lacuna/text.h"
-#include "lacuna/typed_list.h"
+#include "lacuna/concepts/concept_set.h"
+#include "lacuna/concepts/typed_list.h"
+#include "lacuna/files/text.h"
 
 namespace lacuna::fuzz {
 

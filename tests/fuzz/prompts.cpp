@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "fuzz/targets.h"
-#include "lacuna/prompt_file.h"
+#include "lacuna/concepts/prompt_file.h"
 
 namespace lacuna::fuzz {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/safetensors_file.h"
+#include "lacuna/files/safetensors_file.h"
 
 #include "fuzz/targets.h"
 

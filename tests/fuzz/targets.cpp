@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 #include "lacuna/error.h"
-#include "lacuna/text.h"
+#include "lacuna/files/text.h"
 #include "support/random_data.h"
 
 namespace lacuna::fuzz {

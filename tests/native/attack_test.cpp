@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/attack.h"
+#include "lacuna/evaluation/attack.h"
 
 #include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
@@ -10,10 +10,10 @@
 #include <map>
 #include <random>
 
-#include "lacuna/latent_sampler.h"
-#include "lacuna/prompt_templates.h"
-#include "lacuna/random_stream.h"
-#include "lacuna/residual_scan.h"
+#include "lacuna/concepts/prompt_templates.h"
+#include "lacuna/evaluation/residual_scan.h"
+#include "lacuna/files/random_stream.h"
+#include "lacuna/training/latent_sampler.h"
 #include "support/fake_host.h"
 #include "support/random_data.h"
 

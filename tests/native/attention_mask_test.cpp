@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/attention_mask.h"
+#include "lacuna/training/attention_mask.h"
 
 #include "lacuna/error.h"
 #include "support/message_of.h"

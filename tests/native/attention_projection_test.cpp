@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/attention_projection.h"
+#include "lacuna/closed_form/attention_projection.h"
 
 #include <cmath>
 
@@ -39,6 +39,30 @@ TEST_P(AttentionProjectionTest, GramIsTheSumOverLayers) {
   EXPECT_TRUE(at::equal(gram, gram.t()));
 }
 
+TEST_P(AttentionProjectionTest, RowsAreTheWeightsOrStandForThem) {
+  SilentProgress progress;
+  FakeDenoiser small(3, 16, device());
+  const auto projections = edited_projections(small, EditedMatrices::kKeyAndValue, 16);
+  const at::Tensor rows = projection_rows(small, projections, progress);
+  EXPECT_LT(testing::relative_difference(at::matmul(rows.t(), rows),
+                                         projection_gram(small, projections, progress)),
+            1e-6);
+  EXPECT_TRUE(at::equal(rows, projection_rows(small, projections, progress)));
+
+  FakeDenoiser large(70, 16, device());  // 20,440 rows, folded to 4,096
+  const auto many = edited_projections(large, EditedMatrices::kKeyAndValue, 16);
+  const at::Tensor folded = projection_rows(large, many, progress);
+  EXPECT_EQ(folded.size(0), 4096);
+  EXPECT_TRUE(at::equal(folded, projection_rows(large, many, progress)));
+  const at::Tensor gram = projection_gram(large, many, progress);
+  for (int i = 0; i < 5; ++i) {
+    const at::Tensor x = testing::random_matrix(16, 1);
+    const double exact = at::matmul(x.t(), at::matmul(gram, x)).item<double>();
+    EXPECT_NEAR(at::matmul(folded.to(at::kDouble), x).square().sum().item<double>() / exact, 1.0,
+                0.15);  // six standard deviations of sqrt(2 / 4096)
+  }
+}
+
 TEST_P(AttentionProjectionTest, RefusalsNameTheFault) {
   FakeDenoiser model(2, 16, device());
   SilentProgress progress;
@@ -48,7 +72,7 @@ TEST_P(AttentionProjectionTest, RefusalsNameTheFault) {
             std::string::npos);
   const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 16);
   model.weights_["layer.1.to_v"][0][0] = NAN;
-  EXPECT_NE(message_of([&] { projection_gram(model, projections, progress); }).find("layer.1.to_v"),
+  EXPECT_NE(message_of([&] { projection_rows(model, projections, progress); }).find("layer.1.to_v"),
             std::string::npos);
   model.projections_.clear();
   model.family_ = "Flux";

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tap's loss and gradients, against attention written out in float64 one sample, one head at a
 // time, and that samples of a batch do not see each other.
-#include "lacuna/attention_tap.h"
+#include "lacuna/training/attention_tap.h"
 
 #include <torch/csrc/autograd/autograd.h>
 #include <algorithm>
 
-#include "lacuna/attention_mask.h"
-#include "lacuna/attention_projection.h"
+#include "lacuna/closed_form/attention_projection.h"
 #include "lacuna/error.h"
+#include "lacuna/training/attention_mask.h"
 #include "support/fake_host.h"
 #include "support/message_of.h"
 #include "support/random_data.h"

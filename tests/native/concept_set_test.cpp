@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/concept_set.h"
+#include "lacuna/concepts/concept_set.h"
 
 #include <random>
 
+#include "lacuna/concepts/typed_list.h"
 #include "lacuna/error.h"
-#include "lacuna/text.h"
-#include "lacuna/typed_list.h"
+#include "lacuna/files/text.h"
 #include "support/message_of.h"
 #include "support/random_data.h"
 

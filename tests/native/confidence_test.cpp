@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Intervals and tests: published values, definitions, coverage by simulation.
-#include "lacuna/confidence.h"
+#include "lacuna/evaluation/confidence.h"
 
 #include <cmath>
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/edit_method.h"
+#include "lacuna/closed_form/edit_method.h"
 
 #include <algorithm>
 #include <set>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/erasure_patch.h"
+#include "lacuna/closed_form/erasure_patch.h"
 
 #include "lacuna/error.h"
-#include "lacuna/safetensors_file.h"
+#include "lacuna/files/safetensors_file.h"
 #include "support/random_data.h"
 
 namespace lacuna {

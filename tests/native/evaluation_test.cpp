@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Evaluation: what is drawn, what is counted, what is said, and the sheet and report made of it.
-#include "lacuna/evaluation.h"
+#include "lacuna/evaluation/evaluation.h"
 
 #include <cmath>
 #include <nlohmann/json.hpp>
 
-#include "lacuna/attack.h"
-#include "lacuna/benchmark_lines.h"
-#include "lacuna/contact_sheet.h"
 #include "lacuna/error.h"
-#include "lacuna/evaluation_report.h"
+#include "lacuna/evaluation/attack.h"
+#include "lacuna/evaluation/benchmark_lines.h"
+#include "lacuna/evaluation/contact_sheet.h"
+#include "lacuna/evaluation/evaluation_report.h"
 #include "support/fake_host.h"
 #include "support/message_of.h"
 #include "support/random_data.h"

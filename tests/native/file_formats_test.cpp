@@ -13,11 +13,11 @@
 #include <iterator>
 #include <random>
 
+#include "lacuna/concepts/prompt_file.h"
 #include "lacuna/error.h"
-#include "lacuna/image_file.h"
-#include "lacuna/output_file.h"
-#include "lacuna/prompt_file.h"
-#include "lacuna/safetensors_file.h"
+#include "lacuna/files/image_file.h"
+#include "lacuna/files/output_file.h"
+#include "lacuna/files/safetensors_file.h"
 #include "support/message_of.h"
 #include "support/random_data.h"
 

@@ -3,14 +3,14 @@
 // the objective
 //   F(W*) = sum_i sum_e ||W* e - (W M_i + up_i down_i) e||^2 + s sum_p ||W* p - W p||^2
 //           + lambda ||W* - W||^2.
-#include "lacuna/fusion.h"
+#include "lacuna/training/fusion.h"
 
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "lacuna/closed_form/general_prior.h"
 #include "lacuna/error.h"
-#include "lacuna/general_prior.h"
-#include "lacuna/lora_bundle.h"
+#include "lacuna/training/lora_bundle.h"
 #include "support/fake_host.h"
 #include "support/message_of.h"
 #include "support/random_concepts.h"

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/general_prior.h"
+#include "lacuna/closed_form/general_prior.h"
 
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <set>
 
-#include "lacuna/prompt_templates.h"
-#include "lacuna/safetensors_file.h"
+#include "lacuna/concepts/prompt_templates.h"
+#include "lacuna/files/safetensors_file.h"
 #include "support/fake_host.h"
 #include "support/random_data.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/json_text.h"
+#include "lacuna/files/json_text.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -7,9 +7,9 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
-#include "lacuna/concept_set.h"
-#include "lacuna/safetensors_file.h"
-#include "lacuna/text.h"
+#include "lacuna/concepts/concept_set.h"
+#include "lacuna/files/safetensors_file.h"
+#include "lacuna/files/text.h"
 #include "support/message_of.h"
 #include "support/worst_json.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/latent_sampler.h"
+#include "lacuna/training/latent_sampler.h"
 
 #include <gtest/gtest.h>
 
@@ -49,9 +49,9 @@ class GaussianDenoiser final : public FakeDenoiser {
   }
 };
 
-class ZeroTerminalSnrTest : public SeededTest {};
+class LatentSamplerTest : public SeededTest {};
 
-TEST_F(ZeroTerminalSnrTest, PicturesAreDrawnFromNoiseAlone) {
+TEST_F(LatentSamplerTest, DrawsFromZeroTerminalSnr) {
   GaussianDenoiser model;
   EXPECT_GT(model.noise_levels()[999].item<double>(), 4500.0);
   for (const Sampler sampler : {Sampler::kEuler, Sampler::kDpmpp2M}) {

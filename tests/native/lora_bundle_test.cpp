@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/lora_bundle.h"
+#include "lacuna/training/lora_bundle.h"
 
 #include <cstring>
 #include <filesystem>
@@ -9,7 +9,7 @@
 #include <random>
 
 #include "lacuna/error.h"
-#include "lacuna/safetensors_file.h"
+#include "lacuna/files/safetensors_file.h"
 #include "support/fake_host.h"
 #include "support/message_of.h"
 #include "support/random_concepts.h"

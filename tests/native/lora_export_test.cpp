@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Patches with low-rank pairs as LoRA files and as patches for the host.
-#include "lacuna/lora_export.h"
+#include "lacuna/closed_form/lora_export.h"
 
 #include <cmath>
 
@@ -22,7 +22,7 @@ class PairExportTest : public testing::DeviceTest {
  protected:
   PairExportTest() : model_(8, kWidth, device()) {
     projections_ = edited_projections(model_, EditedMatrices::kKeyAndValue, kWidth);
-    gram_ = projection_gram(model_, projections_, progress_);
+    rows_ = projection_rows(model_, projections_, progress_);
   }
   // Pairs of `rank` for the projections; about as large as W times a matrix of unit entries.
   ErasurePatch patch(const at::Tensor& delta, int64_t rank) {
@@ -36,7 +36,7 @@ class PairExportTest : public testing::DeviceTest {
     return patch;
   }
   SharedFactorization factors(const at::Tensor& delta, int64_t max_rank = kWidth) {
-    return SharedFactorization(delta, gram_, max_rank, progress_);
+    return SharedFactorization(delta, rows_, max_rank, progress_);
   }
   at::Tensor expected(const ErasurePatch& patch, const AttentionProjection& projection) {
     return weight_change(patch, projection,
@@ -70,7 +70,7 @@ class PairExportTest : public testing::DeviceTest {
 
   FakeDenoiser model_;
   std::vector<AttentionProjection> projections_;
-  at::Tensor gram_;
+  at::Tensor rows_;
   SilentProgress progress_;
 };
 INSTANTIATE_TEST_SUITE_P(Devices, PairExportTest, ::testing::ValuesIn(testing::devices()));
@@ -80,7 +80,7 @@ TEST_P(PairExportTest, ExactWhereTheRankAllows) {
   const ErasurePatch edit = patch(delta, 2);
   for (const double strength : {1.0, 0.5}) {
     const LoraExport lora =
-        export_lora(model_, projections_, edit, factors(delta), 5, strength, progress_);
+        export_lora(model_, projections_, edit, factors(delta), {5}, strength, progress_);
     EXPECT_EQ(lora.rank, 5);
     EXPECT_EQ(lora.residual, 0.0);
     EXPECT_EQ(lora.tensors.size(), 3 * projections_.size());
@@ -94,7 +94,7 @@ TEST_P(PairExportTest, ExactWhereTheRankAllows) {
   // Pairs alone: nothing shared takes a place.
   const at::Tensor zero = at::zeros_like(delta);
   const LoraExport pairs_only =
-      export_lora(model_, projections_, patch(zero, 2), factors(zero), 2, 1.0, progress_);
+      export_lora(model_, projections_, patch(zero, 2), factors(zero), {2}, 1.0, progress_);
   EXPECT_EQ(pairs_only.rank, 2);
   EXPECT_EQ(pairs_only.residual, 0.0);
 }
@@ -110,7 +110,7 @@ TEST_P(PairExportTest, ReducedToTheLimitWithATrueResidual) {
     const ErasurePatch edit = patch(delta, 4);
     for (const int64_t limit : {2, 6}) {
       const LoraExport lora =
-          export_lora(model_, projections_, edit, factors(delta), limit, 1.0, progress_);
+          export_lora(model_, projections_, edit, factors(delta), {limit}, 1.0, progress_);
       EXPECT_EQ(lora.rank, limit);
       EXPECT_GT(lora.residual, 0.01);
       EXPECT_NEAR(lora.residual, distance(lora, edit), 1e-3);
@@ -131,29 +131,39 @@ TEST_P(PairExportTest, ManyPairsOnSmallMatrices) {
   const at::Tensor delta = random_matrix(kWidth, kWidth);
   const ErasurePatch edit = patch(delta, 60);
   const LoraExport lora =
-      export_lora(model_, projections_, edit, factors(delta), 39, 1.0, progress_);
+      export_lora(model_, projections_, edit, factors(delta), {39}, 1.0, progress_);
   EXPECT_LE(lora.rank, 39);
   EXPECT_NEAR(lora.residual, distance(lora, edit), 2e-3);
 }
 
-TEST_P(PairExportTest, HostPatchesEqualTheEditInEitherForm) {
-  const at::Tensor low = at::matmul(random_matrix(kWidth, 2), random_matrix(2, kWidth));
-  const at::Tensor zero = at::zeros_like(low);
-  for (const auto& [delta, rank, low_rank] : {std::tuple{low, 1, true},
-                                              {zero, 1, true},
-                                              {low, 40, false},
-                                              {random_matrix(kWidth, kWidth), 1, false}}) {
+// A limit on what is left out: the smallest rank that keeps it.
+TEST_P(PairExportTest, TheRankFollowsWhatMayBeLeftOut) {
+  const at::Tensor delta = at::matmul(random_matrix(kWidth, 3), random_matrix(3, kWidth));
+  const ErasurePatch edit = patch(delta, 4);
+  int64_t rank = 8;
+  for (const double left_out : {0.0, 0.3, 0.6}) {
+    const LoraExport lora =
+        export_lora(model_, projections_, edit, factors(delta), {20, left_out}, 1.0, progress_);
+    EXPECT_LT(lora.rank, rank);
+    rank = lora.rank;
+    EXPECT_LE(distance(lora, edit), left_out + 2e-3);
+    EXPECT_NEAR(lora.residual, distance(lora, edit), 2e-3);
+  }
+}
+
+TEST_P(PairExportTest, OnTheHostThePatchIsTheEdit) {
+  const at::Tensor zero = at::zeros({kWidth, kWidth}, at::kDouble);
+  for (const auto& [delta, rank] : {std::pair{zero, 1}, {random_matrix(kWidth, kWidth), 40}}) {
     const ErasurePatch edit = patch(delta, rank);
-    const auto deltas = weight_deltas(model_, projections_, edit, factors(delta), progress_);
-    ASSERT_EQ(deltas.size(), projections_.size());
-    const auto patched = model_.with_weight_deltas(deltas, 0.7);
+    const auto patched =
+        std::dynamic_pointer_cast<FakeDenoiser>(with_patch(model_, projections_, edit, 0.7));
     for (const AttentionProjection& projection : projections_) {
       const at::Tensor w = model_.effective_weight(projection.name).cpu().to(at::kDouble);
       EXPECT_LT(relative_difference(patched->effective_weight(projection.name),
                                     w + 0.7 * expected(edit, projection)),
                 2e-6);
+      EXPECT_EQ(patched->effective_weight(projection.name).device().type(), device().type());
     }
-    for (const WeightDelta& change : deltas) EXPECT_EQ(change.down.defined(), low_rank);
   }
 }
 
@@ -167,13 +177,12 @@ TEST_P(PairExportTest, OnlyWhatIsEditedIsExported) {
     // Keys keep their pair, except the first.
     if (projection.name == "layer.0.to_k") edit.pairs.erase(projection.lora_name);
   }
-  const SharedFactorization value_factors(delta, projection_gram(model_, values, progress_), kWidth,
+  const SharedFactorization value_factors(delta, projection_rows(model_, values, progress_), kWidth,
                                           progress_);
-  const LoraExport lora = export_lora(model_, projections_, edit, value_factors, 8, 1.0, progress_);
-  const auto deltas = weight_deltas(model_, projections_, edit, value_factors, progress_);
+  const LoraExport lora =
+      export_lora(model_, projections_, edit, value_factors, {8}, 1.0, progress_);
   EXPECT_EQ(lora.tensors.size(), 3 * (projections_.size() - 1));
-  EXPECT_EQ(deltas.size(), projections_.size() - 1);
-  const auto patched = model_.with_weight_deltas(deltas, 1.0);
+  const auto patched = with_patch(model_, projections_, edit, 1.0);
   for (const AttentionProjection& projection : projections_) {
     const at::Tensor w = model_.effective_weight(projection.name).cpu().to(at::kDouble);
     EXPECT_LT(relative_difference(patched->effective_weight(projection.name),
@@ -190,19 +199,15 @@ TEST_P(PairExportTest, ForeignPairsAndCancelling) {
   const at::Tensor delta = at::matmul(random_matrix(kWidth, 2), random_matrix(2, kWidth));
   ErasurePatch edit = patch(delta, 1);
   testing::CountingProgress counter;
-  export_lora(model_, projections_, edit, factors(delta), 2, 1.0, counter);
+  export_lora(model_, projections_, edit, factors(delta), {2}, 1.0, counter);
   EXPECT_EQ(counter.checks, static_cast<int64_t>(projections_.size()));
-  testing::CountingProgress cancelled;
-  cancelled.cancel_at = 2;
-  EXPECT_THROW(weight_deltas(model_, projections_, edit, factors(delta), cancelled),
-               testing::Cancelled);
   edit.pairs.begin()->second.b = random_matrix(5, 1);
   const std::string name = edit.pairs.begin()->first;
   EXPECT_NE(testing::message_of([&] {
-              export_lora(model_, projections_, edit, factors(delta), 2, 1.0, progress_);
+              export_lora(model_, projections_, edit, factors(delta), {2}, 1.0, progress_);
             }).find("do not fit the model"),
             std::string::npos);
-  EXPECT_THROW(weight_deltas(model_, projections_, edit, factors(delta), progress_), Error);
+  EXPECT_THROW(with_patch(model_, projections_, edit, 1.0), Error);
 }
 
 }  // namespace

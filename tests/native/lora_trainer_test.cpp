@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // LoRA training as a whole on a small differentiable denoiser: what it learns, that it depends on
 // nothing but the concept, and that no way out leaves anything behind.
-#include "lacuna/lora_trainer.h"
+#include "lacuna/training/lora_trainer.h"
 
 #include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
 
 #include <nlohmann/json.hpp>
 
-#include "lacuna/adam_w.h"
-#include "lacuna/attention_projection.h"
-#include "lacuna/concept_images.h"
+#include "lacuna/closed_form/attention_projection.h"
+#include "lacuna/concepts/prompt_templates.h"
 #include "lacuna/error.h"
-#include "lacuna/latent_sampler.h"
-#include "lacuna/prompt_templates.h"
+#include "lacuna/training/adam_w.h"
+#include "lacuna/training/concept_images.h"
+#include "lacuna/training/latent_sampler.h"
 #include "support/fake_host.h"
 #include "support/message_of.h"
 #include "support/random_data.h"

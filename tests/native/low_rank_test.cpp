@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/low_rank.h"
+#include "lacuna/closed_form/low_rank.h"
 
-#include "lacuna/lora_export.h"
+#include "lacuna/closed_form/lora_export.h"
 #include "support/fake_host.h"
 #include "support/random_data.h"
 
@@ -21,7 +21,7 @@ INSTANTIATE_TEST_SUITE_P(Devices, LowRankTest, ::testing::ValuesIn(testing::devi
 TEST_P(LowRankTest, ExactWhereTheRankAllows) {
   const at::Tensor delta = at::matmul(random_matrix(20, 3), random_matrix(3, 20));
   const at::Tensor w = random_matrix(50, 20);
-  const SharedFactorization factors(delta, at::matmul(w.t(), w), 20, progress_);
+  const SharedFactorization factors(delta, w, 20, progress_);
   EXPECT_EQ(factors.rank_for(1e-6), 3);
   EXPECT_LT(factors.residual(3), 1e-6);
   const at::Tensor v = factors.down(3);
@@ -36,7 +36,7 @@ TEST_P(LowRankTest, TruncationIsTheBestPossibleAndItsResidualIsTrue) {
   const at::Tensor delta = random_matrix(20, 20);
   const at::Tensor w = random_matrix(50, 20);
   const at::Tensor edit = at::matmul(w, delta);
-  const SharedFactorization factors(delta, at::matmul(w.t(), w), 20, progress_);
+  const SharedFactorization factors(delta, w, 20, progress_);
   const at::Tensor singular = at::linalg_svdvals(edit);
   for (const int64_t rank : {1, 5, 12}) {
     const at::Tensor v = factors.down(rank);
@@ -87,14 +87,15 @@ TEST_P(LowRankTest, NoEditHasNoResidual) {
 TEST_P(LowRankTest, LoraReproducesThePatchToHalfPrecision) {
   FakeDenoiser model(3, 16, device());
   const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 16);
-  const at::Tensor gram = projection_gram(model, projections, progress_);
+  const at::Tensor rows = projection_rows(model, projections, progress_);
   // Components of very different size: half precision must not lose the small ones.
   const at::Tensor delta =
       1e-3 * at::outer(random_matrix(16, 1).squeeze(1), random_matrix(16, 1).squeeze(1)) +
       2.0 * at::outer(random_matrix(16, 1).squeeze(1), random_matrix(16, 1).squeeze(1));
-  const SharedFactorization factors(delta, gram, 16, progress_);
+  const SharedFactorization factors(delta, rows, 16, progress_);
   for (const double strength : {1.0, 0.5}) {
-    const LoraExport lora = export_lora(model, projections, delta, factors, 8, strength, progress_);
+    const LoraExport lora =
+        export_lora(model, projections, delta, factors, {8}, strength, progress_);
     EXPECT_EQ(lora.rank, 2);
     EXPECT_LT(lora.residual, 1e-6);
     EXPECT_EQ(lora.tensors.size(), 3 * projections.size());
@@ -112,32 +113,41 @@ TEST_P(LowRankTest, LoraReproducesThePatchToHalfPrecision) {
                 2e-3);
     }
   }
-  const LoraExport truncated = export_lora(model, projections, delta, factors, 1, 1.0, progress_);
+  const LoraExport truncated = export_lora(model, projections, delta, factors, {1}, 1.0, progress_);
   EXPECT_EQ(truncated.rank, 1);
   EXPECT_GT(truncated.residual, 1e-6);
 }
 
-TEST_P(LowRankTest, HostPatchesEqualTheEditInEitherForm) {
-  FakeDenoiser model(2, 40, device());
+TEST_P(LowRankTest, TheLoraIsAsSmallAsItMayBe) {
+  FakeDenoiser model(3, 40, device());
   const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 40);
-  const at::Tensor gram = projection_gram(model, projections, progress_);
-  const std::vector<std::pair<at::Tensor, bool>> cases{
-      {at::matmul(random_matrix(40, 2), random_matrix(2, 40)), true},
-      {random_matrix(40, 40), false}};
-  for (const auto& [delta, low_rank] : cases) {
-    const auto deltas = weight_deltas(model, projections, delta,
-                                      SharedFactorization(delta, gram, 40, progress_), progress_);
-    ASSERT_EQ(deltas.size(), projections.size());
-    const auto patched = model.with_weight_deltas(deltas, 0.7);
-    for (const WeightDelta& change : deltas) {
-      EXPECT_EQ(change.down.defined(), low_rank);
-      const at::Tensor w = model.effective_weight(change.name).cpu().to(at::kDouble);
-      EXPECT_LT(relative_difference(patched->effective_weight(change.name),
-                                    w + 0.7 * at::matmul(w, delta)),
-                2e-6);
-      EXPECT_EQ(patched->effective_weight(change.name).device().type(), device().type());
-    }
-  }
+  const at::Tensor rows = projection_rows(model, projections, progress_);
+  const at::Tensor spectrum = at::logspace(0, -3, 40, 10.0, at::kDouble);
+  const at::Tensor delta = at::matmul(std::get<0>(at::linalg_qr(random_matrix(40, 40))) * spectrum,
+                                      std::get<0>(at::linalg_qr(random_matrix(40, 40))));
+  const SharedFactorization factors(delta, rows, 40, progress_);
+  const auto rank_with = [&](const LoraLimits& limits) {
+    const LoraExport lora = export_lora(model, projections, delta, factors, limits, 1.0, progress_);
+    EXPECT_TRUE(lora.residual <= limits.left_out || lora.rank == limits.rank);
+    return lora.rank;
+  };
+  const int64_t at_one_percent = rank_with({40, 0.01});
+  EXPECT_GT(factors.residual(at_one_percent - 1), 0.01);
+  EXPECT_LT(rank_with({40, 0.1}), at_one_percent);
+  EXPECT_EQ(rank_with({5, 0.01}), 5);
+  EXPECT_EQ(rank_with({40, 0.0}), 40);
+}
+
+// A wide edit is looked at only as far as it takes to leave out what may be left out.
+TEST_P(LowRankTest, WideEditsStopAtTheTolerance) {
+  const int64_t d = 1100;
+  const at::Tensor spectrum = at::logspace(0, -6, 300, 10.0, at::kDouble);
+  const at::Tensor delta = at::matmul(std::get<0>(at::linalg_qr(random_matrix(d, 300))) * spectrum,
+                                      std::get<0>(at::linalg_qr(random_matrix(d, 300))).t());
+  const SharedFactorization factors(delta, at::eye(d), 256, progress_, 0.01);
+  EXPECT_LT(factors.max_rank(), 256);
+  EXPECT_LE(factors.residual(factors.max_rank()), 0.01);
+  EXPECT_GT(*factors.rank_for(0.01), 1);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/prompt_file.h"
+#include "lacuna/concepts/prompt_file.h"
 
 #include <gtest/gtest.h>
 

@@ -3,7 +3,7 @@
 //   F(W') = sum ||W' f - W g||^2 + s sum ||W' p - W p||^2 + lambda ||W' - W||^2.
 #include <cmath>
 
-#include "lacuna/refinement.h"
+#include "lacuna/closed_form/refinement.h"
 #include "support/random_data.h"
 
 namespace lacuna {
@@ -161,7 +161,6 @@ TEST_F(RefinementInvariants, N08_DuplicationIsScaleAndBatchingIsIrrelevant) {
   }
   EXPECT_LT(relative_difference(parts.finish().edited, whole.finish().edited), 1e-13);
   EXPECT_LT(relative_difference(parts.finish().shift, whole.finish().shift), 1e-13);
-  EXPECT_EQ(parts.finish().rows, 60);
 }
 
 TEST_F(RefinementInvariants, N09_SingleRowIsShermanMorrison) {

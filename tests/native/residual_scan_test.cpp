@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The scan of weights: its sums over d x d forms against plain loops over layers.
-#include "lacuna/residual_scan.h"
+#include "lacuna/evaluation/residual_scan.h"
 
 #include <algorithm>
 #include <filesystem>

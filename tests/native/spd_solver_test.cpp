@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/spd_solver.h"
+#include "lacuna/closed_form/spd_solver.h"
 
 #include <cmath>
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The density of MACE's concept-focal sampling, against its published constants, and that draws
 // follow it.
-#include "lacuna/timestep_sampler.h"
+#include "lacuna/training/timestep_sampler.h"
 
 #include "lacuna/error.h"
-#include "lacuna/random_stream.h"
+#include "lacuna/files/random_stream.h"
 #include "support/message_of.h"
 #include "support/random_data.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/token_alignment.h"
+#include "lacuna/concepts/token_alignment.h"
 
 #include <map>
 #include <sstream>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/weight_samples.h"
+#include "lacuna/files/weight_samples.h"
 
 #include "lacuna/error.h"
 #include "support/message_of.h"

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "lacuna/concept_set.h"
+#include "lacuna/concepts/concept_set.h"
 
 namespace lacuna::testing {
 

@@ -7,7 +7,7 @@
 #include <random>
 
 #include "lacuna/error.h"
-#include "lacuna/safetensors_file.h"
+#include "lacuna/files/safetensors_file.h"
 #include "nodes/file_name.h"
 #include "nodes/host_nodes.h"
 #include "support/fake_host.h"

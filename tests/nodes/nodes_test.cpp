@@ -11,7 +11,7 @@
 #include <set>
 
 #include "lacuna/error.h"
-#include "lacuna/safetensors_file.h"
+#include "lacuna/files/safetensors_file.h"
 #include "nodes/attention_refine_node.h"
 #include "nodes/concept_set_node.h"
 #include "nodes/file_name.h"
@@ -80,7 +80,7 @@ TEST(Schemas, InputOrderIsFrozen) {
       ids(AttentionRefineNode().schema()),
       (std::vector<std::string>{"model", "clip", "concepts", "method", "strength", "matrices",
                                 "read_at", "regularization", "preserve_weight", "prior_weight",
-                                "adversarial_rounds", "apply_as", "lora_rank"}));
+                                "adversarial_rounds", "apply_as", "lora_rank", "lora_rank_limit"}));
   EXPECT_EQ(ids(SaveLoraNode("output").schema()),
             (std::vector<std::string>{"lora", "filename_prefix"}));
 }
@@ -330,7 +330,7 @@ TEST_P(AttentionRefineTest, ConditioningFormGivesTheSamePictures) {
   const NodeResult weights = run({{"apply_as", std::string("weights")}});
   model_->patchable_ = false;
   const NodeResult conditioning = run();  // auto
-  EXPECT_TRUE(model_of(conditioning)->key_map_.defined());
+  EXPECT_EQ(model_of(conditioning)->input_maps_.size(), model_->projections_.size());
   SamplingRequest request;
   request.steps = 1;
   request.positive = clip_->encode({"a photo of black cat"});
@@ -384,8 +384,10 @@ TEST_P(AttentionRefineTest, ValueOnlyLeavesKeysAlone) {
   }
   model_->patchable_ = false;
   const auto mapped = model_of(run({{"matrices", std::string("value")}}));
-  EXPECT_FALSE(mapped->key_map_.defined());
-  EXPECT_TRUE(mapped->value_map_.defined());
+  for (const auto& projection : model_->projections_) {
+    EXPECT_EQ(mapped->input_maps_.contains(projection.name),
+              projection.role == ProjectionRole::kValue);
+  }
 }
 
 TEST_P(AttentionRefineTest, UpstreamPatchesChangeTheWeightsButNotTheMatrix) {

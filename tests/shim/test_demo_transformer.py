@@ -102,7 +102,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(work: Path, steps: int, start: Path = ASSETS) -> dict[str, Any]:
+def run(work: Path, steps: int, start: Path) -> dict[str, Any]:
     arguments = ["transformer", "--work", str(work), "--start", str(start), "--steps", str(steps)]
     arguments += ["--pool", "1", "--batch", "2"]
     assert train.main(arguments) == 0
@@ -119,14 +119,16 @@ def test_training_goes_on_from_the_checkpoint_and_from_compact_weights(
 
     small = functools.partial(networks.make_transformer, blocks=1, heads=1)
     monkeypatch.setattr(stage_transformer, "make_transformer", small)
-    once = run(work, 2)
+    start = tmp_path / "demo_model"  # without the trained transformer beside it
+    start.symlink_to(ASSETS, target_is_directory=True)
+    once = run(work, 2, start)
     (work / "transformer.pt").unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(stage_transformer, "save_checkpoint", save_and_stop)
         patch.setattr(stage_transformer, "SAVE_SECONDS", 0.0)  # not at the end only
-        run(work, 2)
+        run(work, 2, start)
     assert torch.load(work / "transformer.pt", weights_only=True)["step"] == 1
-    twice = run(work, 2)
+    twice = run(work, 2, start)
     assert (twice["step"], twice["begun"]) == (2, 0)
     for part in ("model", "average"):
         assert all(torch.equal(value, twice[part][key]) for key, value in once[part].items())
@@ -134,8 +136,6 @@ def test_training_goes_on_from_the_checkpoint_and_from_compact_weights(
     assert {int(moment["step"]) for moment in moments} == {2}
 
     # another machine: the repository's files, but not the checkpoint
-    start = tmp_path / "demo_model"
-    start.symlink_to(ASSETS, target_is_directory=True)
     out = tmp_path / "demo_transformer"
     assert export.main(["transformer", "--work", str(work), "--out", str(out)]) == 0
     with safe_open(out / "transformer.safetensors", framework="pt") as file:

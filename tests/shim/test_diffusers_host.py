@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import struct
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from python_shim import sampling, sd1_checkpoint
 from python_shim.diffusers_host import DiffusersHost
 from python_shim.errors import HostError
 from python_shim.fingerprint import SAMPLES, fingerprint, identify
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from forward_checks import sided
 
 KEY = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 VALUE = KEY.replace("to_k", "to_v")
@@ -218,8 +222,13 @@ def test_wrong_deltas_are_refused(demo):
         model.with_weight_deltas([("diffusion_model.nowhere", noise(320, 768), None)], 1.0)
     with pytest.raises(HostError, match="shape"):
         model.with_weight_deltas([(KEY, noise(320, 4), noise(5, 768))], 1.0)
-    with pytest.raises(HostError, match="768 x 768"):
-        model.with_context_map(noise(320, 320), None, 1.0)
+    for place in (model.with_input_maps, model.with_weight_maps):
+        with pytest.raises(HostError, match="768 x 768"):
+            place([([KEY], noise(320, 320), None)], 1.0)
+        with pytest.raises(HostError, match="768 x 768"):
+            place([([KEY], noise(768, 3), noise(3, 320))], 1.0)
+        with pytest.raises(HostError, match="no weight named"):
+            place([(["diffusion_model.nowhere"], noise(768, 768), None)], 1.0)
 
 
 # --------------------------------------------------------------------------- sampling
@@ -350,7 +359,7 @@ def test_patches_are_merged_and_undone(demo):
     model, clip, _ = demo
     before, plain = state_hash(model), sample(model, clip)
     patched = model.with_weight_deltas([(KEY, noise(320, 768, scale=0.1), None)], 1.0)
-    patched = patched.with_context_map(None, noise(768, 768, scale=0.02), 1.0)
+    patched = patched.with_input_maps(sided(model, None, noise(768, 768, scale=0.02)), 1.0)
     assert (sample(patched, clip) - plain).abs().max() > 0.01, "the patch should show"
     assert state_hash(model) == before and hook_count(model) == 0
     assert torch.equal(sample(model, clip), plain)
@@ -365,11 +374,11 @@ def test_patches_are_undone_when_a_step_raises(demo, error):
     model, clip, _ = demo
     before = state_hash(model)
     patched = model.with_weight_deltas([(KEY, noise(320, 768), None)], 1.0)
-    patched = patched.with_context_map(noise(768, 768), None, 1.0)
+    patched = patched.with_input_maps([([KEY, VALUE], noise(768, 768), None)], 1.0)
 
     def on_step(done: int, total: int) -> None:
         assert state_hash(model) == before, "not even while it samples are base weights touched"
-        assert hook_count(model) == 4
+        assert hook_count(model) == 2
         raise error
 
     with pytest.raises(type(error)) as caught:
@@ -381,40 +390,39 @@ def test_patches_are_undone_when_a_step_raises(demo, error):
 def test_strength_0_changes_no_bit(demo):
     model, clip, _ = demo
     silent = model.with_weight_deltas([(KEY, noise(320, 768), None)], 0.0)
-    silent = silent.with_context_map(noise(768, 768), noise(768, 768), 0.0)
+    silent = silent.with_input_maps(sided(model, noise(768, 768), noise(768, 768)), 0.0)
+    silent = silent.with_weight_maps(sided(model, noise(768, 768), noise(768, 768)), 0.0)
     assert torch.equal(sample(silent, clip), sample(model, clip))
 
 
-def test_context_map_equals_weight_patch(demo):
+def test_a_map_is_the_same_on_weights_and_on_what_they_read(demo):
     """W (e + s D e) = (W + s W D) e, for keys and values apart, and for two maps in a row."""
     model, clip, _ = demo
     key, value = noise(768, 768, seed=1, scale=0.02), noise(768, 768, seed=2, scale=0.02)
-
-    def patch_weights(denoiser, key_delta, value_delta, strength):
-        deltas = [
-            (
-                name,
-                denoiser.effective_weight(name) @ (key_delta if role == "key" else value_delta),
-                None,
-            )
-            for name, _, role in denoiser.cross_attention()
-        ]
-        return denoiser.with_weight_deltas(deltas, strength)
-
-    mapped = model.with_context_map(key, value, 0.7)
-    patched = patch_weights(model, key, value, 0.7)
+    maps = sided(model, key, value)
+    mapped, patched = model.with_input_maps(maps, 0.7), model.with_weight_maps(maps, 0.7)
+    base = model.effective_weight(KEY)
+    torch.testing.assert_close(patched.effective_weight(KEY), base + 0.7 * base @ key)
     plain = sample(model, clip)
     assert (sample(mapped, clip) - plain).abs().max() > 0.05
     torch.testing.assert_close(sample(mapped, clip), sample(patched, clip), atol=2e-3, rtol=1e-4)
     # swapping keys and values must be noticed
+    swapped = sided(model, value, key)
     assert (
-        sample(model.with_context_map(value, key, 0.7), clip) - sample(mapped, clip)
+        sample(model.with_input_maps(swapped, 0.7), clip) - sample(mapped, clip)
     ).abs().max() > 0.05
-    # a second map sees what the first one made of the context: W (I + s2 D2)(I + s1 D1)
-    twice = mapped.with_context_map(value, key, -0.5)
-    together = [0.7 * a - 0.5 * b - 0.35 * b @ a for a, b in ((key, value), (value, key))]
-    expected = sample(patch_weights(model, *together, 1.0), clip)
+    # a second map acts on top of the first, as on weights: W (I + s1 D1)(I + s2 D2)
+    expected = sample(patched.with_weight_maps(swapped, -0.5), clip)
+    twice = mapped.with_input_maps(swapped, -0.5)
     torch.testing.assert_close(sample(twice, clip), expected, atol=2e-3, rtol=1e-4)
+    # two factors are their product
+    out, inner = noise(768, 4, seed=3, scale=0.1), noise(4, 768, seed=4, scale=0.1)
+    for place in ("with_weight_maps", "with_input_maps"):
+        pair, whole = (
+            getattr(model, place)([([KEY, VALUE], *factors)], 1.0)
+            for factors in ((out, inner), (out @ inner, None))
+        )
+        torch.testing.assert_close(sample(pair, clip), sample(whole, clip), atol=2e-3, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------- schedules and samplers

@@ -53,7 +53,8 @@ def denoiser(models: tuple[Any, Any]) -> DiffusersDenoiser:
     full = torch.randn(320, 768, generator=generator)
     deltas = [(key, 0.02 * up, down), (value, 0.02 * full, None)]
     identity = torch.eye(768)
-    return models[0].with_weight_deltas(deltas, 0.5).with_context_map(identity, -identity, 0.05)
+    edited = models[0].with_weight_deltas(deltas, 0.5)
+    return edited.with_input_maps(checks.sided(edited, identity, -identity), 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +113,17 @@ def test_gradients(denoiser, asked):
         with checks.unharmed(base.unet):
             ours = checks.tapped_gradients(denoiser, asked, weighting, layers)
         double = copy.deepcopy(base.unet).requires_grad_(False).double()
-        for name in {delta[0] for delta, _ in denoiser._deltas}:
+        for name in {change.name for change in denoiser._changes}:
             parameter = double.get_parameter(base.module_names[name])
             parameter.data = denoiser.effective_weight(name).double()
         noisy, sigma, context, _ = (x if x is None else x.clone().double() for x in asked)
         level = sigma.reshape(-1, 1, 1, 1)
-        for (key_map, value_map, strength), role in zip(
-            denoiser._context_maps * 2, ("to_k", "to_v"), strict=True
-        ):
-            change = torch.eye(768) + strength * (key_map if role == "to_k" else value_map)
-            for path, module in double.named_modules():
-                if path.endswith(f"attn2.{role}"):
-                    module.weight.data = module.weight.data @ change.double()
+        for each in denoiser._input_maps:
+            (factor,) = each.factors
+            change = torch.eye(768) + each.strength * factor.T
+            for name in each.names:
+                parameter = double.get_parameter(base.module_names[name])
+                parameter.data = parameter.data @ change.double()
 
         def clean() -> torch.Tensor:
             time = torch.tensor([300, 700])
@@ -162,7 +162,9 @@ def test_weights_are_merged_once(denoiser, asked, monkeypatch):
         [(denoiser.cross_attention()[2][0], torch.ones(320, 768), None)], 0.01
     )
     first = view.denoise(*asked, None, False)
-    mapped = view.with_context_map(torch.eye(768), None, 0.1)  # shares the merged weights
+    mapped = view.with_input_maps(
+        checks.sided(view, torch.eye(768), None), 0.1
+    )  # shares the merged weights
     different = mapped.denoise(*asked, None, False)
     assert torch.equal(view.denoise(*asked, None, False), first)
     assert not torch.equal(different, first)

@@ -272,7 +272,7 @@ def from_workflow(pack: Any, host: Any, path: Path) -> Any:
 
         def sample(self, *arguments: Any) -> torch.Tensor:
             caught.append(diffusers_host.DiffusersDenoiser(
-                self._base, self._deltas, self._context_maps))  # fmt: skip
+                self._base, self._changes, self._input_maps))  # fmt: skip
             return arguments[7]
 
     class RecordingHost:

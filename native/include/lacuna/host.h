@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "lacuna/weight_samples.h"
+#include "lacuna/files/weight_samples.h"
 
 namespace lacuna {
 
@@ -91,6 +91,14 @@ struct WeightDelta {
   at::Tensor down;  // [r, d]
 };
 
+// One linear map of what some weights read, x <- x + strength delta x, shared by all of them: for a
+// weight, W <- W + strength W delta. However many weights there are, it is held once.
+struct TextMap {
+  std::vector<std::string> entries;  // weights that read x, [out, d] each
+  at::Tensor out;                    // delta = out in: [d, r]; or delta itself, [d, d] float32 ...
+  at::Tensor in;                     // [r, d]; undefined then
+};
+
 // Stands in for the attention inside every text cross-attention layer of a forward pass.
 class AttentionTap {
  public:
@@ -141,11 +149,13 @@ class Denoiser {
   virtual at::Tensor effective_weight(const std::string& name) = 0;
   virtual std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>& deltas,
                                                        double strength) = 0;
-  // In every text cross-attention, e <- e + strength * key_delta e for keys, likewise for values.
-  // Undefined tensors leave that side alone. Maps are [d, d] float32.
-  virtual std::shared_ptr<Denoiser> with_context_map(const at::Tensor& key_delta,
-                                                     const at::Tensor& value_delta,
+  // As patches that the host merges into its weights, after the patches that are there already.
+  virtual std::shared_ptr<Denoiser> with_weight_maps(const std::vector<TextMap>& maps,
                                                      double strength) = 0;
+  // The same edit made on the inputs of the entries while the model runs: for weights that cannot
+  // be patched. No file of the host's holds it.
+  virtual std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps,
+                                                    double strength) = 0;
   // Sigma of every training timestep, ascending, [1000] float32 CPU.
   virtual at::Tensor noise_levels() = 0;
   // [c, h, w] of the latent of a picture of that size in pixels. Throws where the model cannot draw

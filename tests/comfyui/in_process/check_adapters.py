@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,9 @@ import comfy.supported_models_base
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from forward_checks import sided
 
 SMALL = {
     "image_size": 32,
@@ -422,51 +426,86 @@ def test_strength_zero_and_bypass_are_bit_identical(host: ModuleType, checkpoint
     before = sample(model, clip)
     denoiser = host.ComfyDenoiser(model)
     deltas = [(name, torch.ones(320, 768), None) for name, _, _ in denoiser.cross_attention()]
-    identity = torch.eye(768)
+    maps = sided(denoiser, torch.eye(768), torch.eye(768))
     unpatched = denoiser.with_weight_deltas(deltas, 0.0)
     assert torch.equal(sample(unpatched.patcher, clip), before)
-    mapped = denoiser.with_context_map(identity, identity, 0.0)
-    assert torch.equal(sample(mapped.patcher, clip), before)
+    for place in (denoiser.with_weight_maps, denoiser.with_input_maps):
+        assert torch.equal(sample(place(maps, 0.0).patcher, clip), before)
+        assert not torch.allclose(sample(place(maps, 0.5).patcher, clip), before)
+        assert torch.equal(sample(model, clip), before)
     assert not torch.allclose(
         sample(denoiser.with_weight_deltas(deltas, 0.5).patcher, clip), before
     )
     assert torch.equal(sample(model, clip), before)
 
 
-@pytest.mark.parametrize("sides", ["both", "value", "different"])
-def test_context_map_equals_the_weight_edit(host: ModuleType, checkpoint: Any, sides: str) -> None:
+def test_maps_are_the_same_on_weights_and_on_what_they_read(
+    host: ModuleType, checkpoint: Any
+) -> None:
     model, clip = checkpoint[:2]
-    generator = torch.Generator().manual_seed(2)
-    delta = torch.randn(768, 768, generator=generator) * 0.01
-    other = torch.randn(768, 768, generator=generator) * 0.01
-    maps = {"both": (delta, delta), "value": (None, delta), "different": (other, delta)}[sides]
+    key, value, later = (
+        torch.randn(768, 768, generator=torch.Generator().manual_seed(seed)) * 0.01
+        for seed in (2, 3, 4)
+    )
     denoiser = host.ComfyDenoiser(model)
-    deltas = []
-    for name, _, role in denoiser.cross_attention():
-        change = maps[0] if role == "key" else maps[1]
-        if change is not None:
-            deltas.append((name, denoiser.effective_weight(name) @ change, None))
-    by_weights = sample(denoiser.with_weight_deltas(deltas, 0.7).patcher, clip)
-    by_context = denoiser.with_context_map(*maps, 0.7)
-    assert not torch.allclose(by_weights, sample(model, clip), atol=1e-3)
-    torch.testing.assert_close(sample(by_context.patcher, clip), by_weights, rtol=1e-3, atol=1e-3)
-    # a clone of the clone still works, on another prompt too
-    clone = by_context.patcher.clone()
+    maps, more = sided(denoiser, key, value), sided(denoiser, None, later)
+    name = denoiser.cross_attention()[0][0]
+    by_weights = denoiser.with_weight_maps(maps, 0.7)
+    base = denoiser.effective_weight(name)
+    torch.testing.assert_close(by_weights.effective_weight(name), base + 0.7 * base @ key)
+    by_weights = by_weights.with_weight_maps(more, -0.5)
+    by_inputs = denoiser.with_input_maps(maps, 0.7).with_input_maps(more, -0.5)
+    expected = sample(by_weights.patcher, clip)
+    assert not torch.allclose(expected, sample(model, clip), atol=1e-3)
+    torch.testing.assert_close(sample(by_inputs.patcher, clip), expected, rtol=1e-3, atol=1e-3)
+    # a clone of the clone still works, on another prompt too, and nothing stays behind
     text = "a photo of a cat"
-    expected = sample(denoiser.with_weight_deltas(deltas, 0.7).patcher, clip, text)
-    torch.testing.assert_close(sample(clone, clip, text), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        sample(by_inputs.patcher.clone(), clip, text),
+        sample(by_weights.patcher.clone(), clip, text),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    assert not any(module._forward_pre_hooks for module in model.model.modules())
 
 
-def test_context_map_survives_deepcopy_and_chains(host: ModuleType, checkpoint: Any) -> None:
-    model, clip = checkpoint[:2]
-    earlier = model.clone()
-    earlier.set_model_attn2_patch(lambda n, c, v, _: (n, c * 0.5, v * 0.5))
-    mapped = host.ComfyDenoiser(earlier).with_context_map(torch.eye(768), torch.eye(768), 1.0)
-    patches = copy.deepcopy(mapped.patcher.model_options)["transformer_options"]["patches"]
-    assert len(patches["attn2_patch"]) == 2
-    assert not any(hasattr(patch, "to") for patch in patches["attn2_patch"])
-    # halved, then doubled by e + e @ I
-    torch.testing.assert_close(sample(mapped.patcher, clip), sample(model, clip), rtol=0, atol=1e-4)
+def test_a_shared_map_lives_with_other_patches(host: ModuleType, checkpoint: Any) -> None:
+    """LoRAs on both sides, merging, saving; and one map in memory, however many weights."""
+    model, _ = checkpoint[:2]
+    name = host.ComfyDenoiser(model).cross_attention()[0][0]
+    up, down = torch.randn(320, 4) * 0.1, torch.randn(4, 768) * 0.1
+    before = host.ComfyDenoiser(model).with_weight_deltas([(name, up, down)], 1.0)
+    delta = torch.randn(768, 768) * 0.01
+    edited = before.with_weight_maps(sided(before, delta, delta), 0.5)
+    after = edited.with_weight_deltas([(name, up, down)], 1.0)
+    base = host.ComfyDenoiser(model).effective_weight(name)
+    expected = (base + up @ down) @ (torch.eye(768) + 0.5 * delta) + up @ down
+    torch.testing.assert_close(after.effective_weight(name), expected, rtol=1e-4, atol=1e-4)
+
+    held = {
+        tensor.data_ptr(): tensor.nbytes
+        for patches in edited.patcher.patches.values()
+        for patch in patches
+        for tensor in patch[1].weights
+        if isinstance(tensor, torch.Tensor) and tensor.shape[0] == 768
+    }
+    assert sum(held.values()) <= 2 * delta.nbytes  # keys and values
+
+    merged = after.patcher.clone()  # as ModelMergeSimple does it
+    for key, patches in model.get_key_patches("diffusion_model.").items():
+        merged.add_patches({key: patches}, 0.5, 0.5)
+    torch.testing.assert_close(
+        host.ComfyDenoiser(merged).effective_weight(name),
+        0.5 * expected + 0.5 * base,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    after._load(after.patcher)
+    try:
+        saved = after.patcher.model.state_dict()[name]
+        torch.testing.assert_close(saved.float(), expected, rtol=2e-3, atol=2e-3)
+    finally:
+        after.patcher.unpatch_model()
 
 
 # --- images ---

@@ -77,7 +77,7 @@ def denoiser(host: ModuleType, models: tuple[Any, Any]) -> Any:
     edited = plain.with_weight_deltas(
         [(name, torch.randn(shape, generator=generator) * 0.02, None)], 0.5
     )
-    return edited.with_context_map(None, 0.1 * identity, 0.5)
+    return edited.with_input_maps(checks.sided(edited, None, 0.1 * identity), 0.5)
 
 
 @pytest.fixture

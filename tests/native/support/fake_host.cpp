@@ -6,7 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "lacuna/attention_projection.h"
+#include "lacuna/closed_form/attention_projection.h"
 
 namespace lacuna::testing {
 namespace {
@@ -81,13 +81,38 @@ std::shared_ptr<Denoiser> FakeDenoiser::with_weight_deltas(const std::vector<Wei
   return patched;
 }
 
-std::shared_ptr<Denoiser> FakeDenoiser::with_context_map(const at::Tensor& key_delta,
-                                                         const at::Tensor& value_delta,
+std::shared_ptr<Denoiser> FakeDenoiser::with_weight_maps(const std::vector<TextMap>& maps,
                                                          double strength) {
   auto patched = std::make_shared<FakeDenoiser>(*this);
-  if (key_delta.defined()) patched->key_map_ = strength * key_delta;
-  if (value_delta.defined()) patched->value_map_ = strength * value_delta;
+  for (const TextMap& map : maps) {
+    for (const std::string& name : map.entries) {
+      const at::Tensor& weight = weights_.at(name);
+      at::Tensor change = at::matmul(weight, map.out.to(weight));
+      if (map.in.defined()) change = at::matmul(change, map.in.to(weight));
+      patched->weights_[name] = weight + strength * change;
+    }
+  }
   return patched;
+}
+
+std::shared_ptr<Denoiser> FakeDenoiser::with_input_maps(const std::vector<TextMap>& maps,
+                                                        double strength) {
+  auto patched = std::make_shared<FakeDenoiser>(*this);
+  for (const TextMap& map : maps) {
+    const at::Tensor delta = map.in.defined() ? at::matmul(map.out, map.in) : map.out;
+    for (const std::string& name : map.entries) patched->input_maps_[name] = strength * delta;
+  }
+  return patched;
+}
+
+at::Tensor FakeDenoiser::read(const AttentionProjection& projection,
+                              const at::Tensor& context) const {
+  const at::Tensor& weight = weights_.at(projection.name);
+  at::Tensor x = context.to(weight);
+  if (const auto it = input_maps_.find(projection.name); it != input_maps_.end()) {
+    x = x + at::matmul(x, it->second.t().to(weight));
+  }
+  return at::matmul(x, weight.t());
 }
 
 at::Tensor FakeDenoiser::noise_levels() {
@@ -107,19 +132,14 @@ at::Tensor FakeDenoiser::denoise(const DenoiseRequest& request, AttentionTap* ta
   const auto fixed = [&](at::IntArrayRef shape, uint64_t seed) {
     return fixed_random(shape, seed).to(like);
   };
-  const auto mapped = [&](const at::Tensor& map) {
-    const at::Tensor e = request.text.context.to(like);
-    return map.defined() ? e + at::matmul(e, map.t().to(like)) : e;
-  };
   const at::Tensor sigma = request.sigma.to(like).reshape({-1, 1, 1, 1});
   const at::Tensor x = request.noisy.to(like) / (sigma.square() + 1).sqrt();
   at::Tensor features =
       at::matmul(x.flatten(2).transpose(1, 2), fixed({x.size(1), kFeatures}, 900)) +
       0.1 * sigma.log().reshape({-1, 1, 1});
   for (size_t i = 0; i + 1 < projections_.size(); i += 2) {
-    const at::Tensor key = at::matmul(mapped(key_map_), weights_.at(projections_[i].name).t());
-    const at::Tensor value =
-        at::matmul(mapped(value_map_), weights_.at(projections_[i + 1].name).t());
+    const at::Tensor key = read(projections_[i], request.text.context);
+    const at::Tensor value = read(projections_[i + 1], request.text.context);
     const int64_t inner = key.size(2);
     const at::Tensor query = at::matmul(features, fixed({kFeatures, inner}, 910 + i));
     at::Tensor out;
@@ -144,15 +164,10 @@ at::Tensor FakeDenoiser::denoise(const DenoiseRequest& request, AttentionTap* ta
 
 at::Tensor FakeDenoiser::sample(const SamplingRequest& request,
                                 const std::function<void(int64_t, int64_t)>& on_step) {
-  const auto mapped = [&](const at::Tensor& map) {
-    const at::Tensor e = request.positive[0].to(weights_.begin()->second.device());
-    return map.defined() ? e + at::matmul(e, map.t().to(e.device(), e.scalar_type())) : e;
-  };
   at::Tensor sum = at::zeros({}, at::kFloat);
   for (size_t i = 0; i + 1 < projections_.size(); i += 2) {
-    const at::Tensor keys = at::matmul(mapped(key_map_), weights_.at(projections_[i].name).t());
-    const at::Tensor values =
-        at::matmul(mapped(value_map_), weights_.at(projections_[i + 1].name).t());
+    const at::Tensor keys = read(projections_[i], request.positive[0]);
+    const at::Tensor values = read(projections_[i + 1], request.positive[0]);
     const at::Tensor query = keys.mean(0, true);
     sum = sum + at::matmul(at::softmax(at::matmul(query, keys.t()), -1), values).sum().to(at::kCPU);
   }

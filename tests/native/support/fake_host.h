@@ -50,9 +50,10 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
   at::Tensor effective_weight(const std::string& name) override { return weights_.at(name); }
   std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>& deltas,
                                                double strength) override;
-  std::shared_ptr<Denoiser> with_context_map(const at::Tensor& key_delta,
-                                             const at::Tensor& value_delta,
+  std::shared_ptr<Denoiser> with_weight_maps(const std::vector<TextMap>& maps,
                                              double strength) override;
+  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps,
+                                            double strength) override;
   at::Tensor noise_levels() override;
   std::vector<int64_t> latent_shape(int64_t width, int64_t height) override;
   at::Tensor to_host_latent(const at::Tensor& latent) override { return latent / 0.18215; }
@@ -67,8 +68,11 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
   bool patchable_ = true;
   std::vector<AttentionProjection> projections_;
   std::map<std::string, at::Tensor> weights_;
-  at::Tensor key_map_;  // [d, d], context map; undefined: identity
-  at::Tensor value_map_;
+  std::map<std::string, at::Tensor> input_maps_;  // by weight: strength delta, [d, d]
+
+ private:
+  // What a projection makes of an embedding, [..., d].
+  at::Tensor read(const AttentionProjection& projection, const at::Tensor& context) const;
 };
 
 class FakeImageDecoder : public ImageDecoder {

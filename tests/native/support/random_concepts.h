@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "lacuna/concept_lora.h"
+#include "lacuna/training/concept_lora.h"
 #include "support/random_data.h"
 
 namespace lacuna::testing {

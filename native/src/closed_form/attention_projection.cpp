@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/closed_form/attention_projection.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/randperm.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "lacuna/closed_form/text_statistics.h"
+#include "lacuna/error.h"
+
+namespace lacuna {
+namespace {
+
+constexpr int64_t kSketchRows = 4096;
+
+// float32, on the model's device.
+at::Tensor finite_weight(Denoiser& model, const AttentionProjection& projection) {
+  const at::Tensor weight = model.effective_weight(projection.name).detach().to(at::kFloat);
+  if (!at::isfinite(weight).all().item<bool>()) {
+    throw Error("the model's weight '" + projection.name +
+                "' holds NaN or infinity; load an undamaged checkpoint");
+  }
+  return weight;
+}
+
+}  // namespace
+
+std::string layer_of(const AttentionProjection& projection) {
+  const size_t end = projection.name.rfind(".to_");
+  return projection.name.substr(0, end);
+}
+
+std::string_view to_string(EditedMatrices matrices) {
+  return matrices == EditedMatrices::kValueOnly ? "value" : "key+value";
+}
+
+EditedMatrices edited_matrices_from_string(std::string_view text) {
+  if (text == "key+value") return EditedMatrices::kKeyAndValue;
+  if (text == "value") return EditedMatrices::kValueOnly;
+  throw Error("unknown matrices '" + std::string(text) + "'; use one of: key+value, value");
+}
+
+std::vector<AttentionProjection> edited_projections(Denoiser& model, EditedMatrices matrices,
+                                                    int64_t text_width) {
+  std::vector<AttentionProjection> edited;
+  for (AttentionProjection& projection : model.cross_attention()) {
+    if (matrices == EditedMatrices::kValueOnly && projection.role == ProjectionRole::kKey) continue;
+    edited.push_back(std::move(projection));
+  }
+  if (edited.empty()) {
+    throw Error("this model (" + model.family() +
+                ") has no text cross-attention to edit; Lacuna "
+                "works with SD1.x, SD2.x and SDXL models");
+  }
+  const int64_t width = model.effective_weight(edited.front().name).size(1);
+  if (width != text_width) {
+    throw Error("the CLIP input does not belong to this model: its embeddings have width " +
+                std::to_string(text_width) + ", the model (" + model.family() + ") reads " +
+                std::to_string(width) + "; connect the CLIP of the same checkpoint");
+  }
+  return edited;
+}
+
+at::Tensor projection_rows(Denoiser& model, const std::vector<AttentionProjection>& projections,
+                           Progress& progress) {
+  at::Generator generator = at::detail::createCPUGenerator(1);
+  std::vector<at::Tensor> kept;  // the rows themselves, while they are few
+  int64_t count = 0;
+  at::Tensor sums;
+  const auto fold = [&](const at::Tensor& weight) {
+    if (!sums.defined()) sums = at::zeros({kSketchRows, weight.size(1)}, weight.options());
+    for (int64_t begin = 0; begin < weight.size(0); begin += kSketchRows) {
+      const int64_t size = std::min(kSketchRows, weight.size(0) - begin);
+      // No two rows of a call meet, so that the sums do not depend on the device's order.
+      const at::Tensor places = at::randperm(kSketchRows, generator, at::TensorOptions(at::kLong))
+                                    .narrow(0, 0, size)
+                                    .to(weight.device());
+      const at::Tensor signs =
+          at::randint(0, 2, {size, 1}, generator, at::TensorOptions(at::kFloat)).mul_(2).sub_(1);
+      sums.index_add_(0, places, weight.narrow(0, begin, size) * signs.to(weight.device()));
+    }
+  };
+  for (const AttentionProjection& projection : projections) {
+    progress.check();
+    const at::Tensor weight = finite_weight(model, projection);
+    count += weight.size(0);
+    if (!sums.defined() && count <= kSketchRows) {
+      kept.push_back(weight.to(at::kCPU));
+      continue;
+    }
+    for (const at::Tensor& earlier : kept) fold(earlier.to(weight.device()));
+    kept.clear();
+    fold(weight);
+  }
+  return sums.defined() ? sums.to(at::kCPU) : at::cat(kept);
+}
+
+at::Tensor projection_gram(Denoiser& model, const std::vector<AttentionProjection>& projections,
+                           Progress& progress) {
+  at::Tensor sum;
+  for (const AttentionProjection& projection : projections) {
+    progress.check();
+    const at::Tensor weight = finite_weight(model, projection);
+    // float32 is enough for a metric; sums over layers are float64.
+    at::Tensor gram = at::zeros({weight.size(1), weight.size(1)}, weight.options());
+    add_gram_upper(gram, weight, 1.0);
+    gram = gram.to(at::kCPU, at::kDouble);
+    sum = sum.defined() ? sum.add_(gram) : gram;
+  }
+  return symmetrize_upper(sum);
+}
+
+}  // namespace lacuna

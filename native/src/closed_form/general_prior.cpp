@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/closed_form/general_prior.h"
+
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "embedded_lines.h"
+#include "lacuna/closed_form/text_statistics.h"
+#include "lacuna/concepts/concept_prompts.h"
+#include "lacuna/files/cached_tensor.h"
+#include "lacuna/files/text.h"
+
+namespace lacuna {
+namespace {
+
+constexpr size_t kSmallCaptions = 200;
+// Raised when the captions change, so that old cache files are not used.
+constexpr std::string_view kCaptionsVersion = "1";
+constexpr std::string_view kPriorFormat = "lacuna.general_prior/2";
+
+}  // namespace
+
+std::span<const std::string_view> generic_captions(GeneralPriorSize size) {
+  const std::span<const std::string_view> all = embedded::generic_captions();
+  switch (size) {
+    case GeneralPriorSize::kNone:
+      return {};
+    case GeneralPriorSize::kSmall:
+      return all.first(std::min(kSmallCaptions, all.size()));
+    case GeneralPriorSize::kFull:
+      break;
+  }
+  return all;
+}
+
+std::vector<std::string> captions_naming(GeneralPriorSize size,
+                                         const std::vector<std::string>& phrases) {
+  const auto is_letter = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ||
+           static_cast<unsigned char>(c) >= 0x80;
+  };
+  const auto names = [&](std::string_view caption, const std::string& phrase) {
+    for (size_t at = caption.find(phrase); at != std::string_view::npos;
+         at = caption.find(phrase, at + 1)) {
+      const size_t end = at + phrase.size();
+      const bool starts = at == 0 || !is_letter(caption[at - 1]);
+      // A plural still names it.
+      const size_t after = end < caption.size() && caption[end] == 's' ? end + 1 : end;
+      if (starts && (after >= caption.size() || !is_letter(caption[after]))) return true;
+    }
+    return false;
+  };
+  std::vector<std::string> found;
+  for (std::string_view caption : generic_captions(size)) {
+    for (const std::string& phrase : phrases) {
+      if (names(caption, fold_case(phrase))) {
+        found.emplace_back(caption);
+        break;
+      }
+    }
+  }
+  return found;
+}
+
+at::Tensor general_prior_gram(TextEncoder& encoder, GeneralPriorSize size, Progress& progress) {
+  const int64_t d = encoder.width();
+  const std::span<const std::string_view> captions = generic_captions(size);
+  at::Tensor gram = at::zeros({d, d}, at::kDouble);
+  if (captions.empty()) return gram;
+
+  std::string cache;
+  if (!encoder.cache_directory().empty() && !encoder.fingerprint().empty()) {
+    cache = encoder.cache_directory() + "/general_prior_" + encoder.fingerprint() + "_" +
+            std::string(to_string(size)) + "_v" + std::string(kCaptionsVersion) + ".safetensors";
+    if (auto known = load_cached(cache, kPriorFormat, at::kDouble, {d, d})) return *known;
+  }
+
+  for (size_t begin = 0; begin < captions.size(); begin += kPromptsPerCall) {
+    const size_t end = std::min(captions.size(), begin + kPromptsPerCall);
+    progress.check();
+    const std::vector<std::string> batch(captions.begin() + begin, captions.begin() + end);
+    const at::Tensor rows = encoder.encode(batch).reshape({-1, d}).to(at::kCPU, at::kDouble);
+    add_gram_upper(gram, rows, 1.0 / static_cast<double>(captions.size()));
+    progress.report(static_cast<int64_t>(end), static_cast<int64_t>(captions.size()));
+  }
+  gram = symmetrize_upper(gram);
+  if (!cache.empty()) save_cached(gram, cache, kPriorFormat);
+  return gram;
+}
+
+}  // namespace lacuna

@@ -1,0 +1,515 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/closed_form/refinement.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <optional>
+
+#include "lacuna/closed_form/general_prior.h"
+#include "lacuna/closed_form/spd_solver.h"
+#include "lacuna/concepts/concept_prompts.h"
+#include "lacuna/concepts/prompt_templates.h"
+#include "lacuna/concepts/token_alignment.h"
+#include "lacuna/error.h"
+#include "lacuna/files/option_range.h"
+#include "lacuna/files/text.h"
+
+namespace lacuna {
+namespace {
+
+// Ridge of the adversarial embeddings, relative to the mean eigenvalue of sum W^T W.
+constexpr double kAdversarialRidge = 1e-2;
+
+std::vector<std::string> prompts_of(ConceptKind kind, int templates, const std::string& phrase) {
+  std::vector<std::string> prompts;
+  for (std::string_view prompt_template : prompt_templates(kind).first(templates)) {
+    prompts.push_back(fill_template(prompt_template, phrase));
+  }
+  return prompts;
+}
+
+// Encodes in small batches; reports one unit of work per batch.
+class BatchEncoder {
+ public:
+  BatchEncoder(TextEncoder& encoder, Progress& progress) : encoder_(encoder), progress_(progress) {}
+
+  static int64_t batches(int64_t prompts) {
+    return (prompts + kPromptsPerCall - 1) / kPromptsPerCall;
+  }
+  void expect(int64_t batches) { total_ += batches; }
+
+  // [n, window, d]
+  at::Tensor encode(const std::vector<std::string>& prompts) {
+    std::vector<at::Tensor> parts;
+    for (size_t begin = 0; begin < prompts.size(); begin += kPromptsPerCall) {
+      const size_t end = std::min(prompts.size(), begin + kPromptsPerCall);
+      progress_.check();
+      at::Tensor part = encoder_.encode({prompts.begin() + begin, prompts.begin() + end});
+      if (part.dim() != 3 || part.size(0) != static_cast<int64_t>(end - begin) ||
+          part.size(1) != encoder_.window() || part.size(2) != encoder_.width()) {
+        throw Error("the text encoder returned embeddings of an unexpected shape");
+      }
+      parts.push_back(part.to(at::kCPU));
+      progress_.report(++done_, total_);
+    }
+    return at::cat(parts);
+  }
+
+ private:
+  TextEncoder& encoder_;
+  Progress& progress_;
+  int64_t done_ = 0;
+  int64_t total_ = 0;
+};
+
+// Prefixes, phrases and anchor prompts come up again and again.
+class Tokens {
+ public:
+  explicit Tokens(TextEncoder& encoder) : encoder_(encoder) {}
+
+  const std::vector<int64_t>& of(const std::string& text) {
+    auto it = known_.find(text);
+    if (it == known_.end()) it = known_.emplace(text, encoder_.tokenize(text)).first;
+    return it->second;
+  }
+
+ private:
+  TextEncoder& encoder_;
+  std::unordered_map<std::string, std::vector<int64_t>> known_;
+};
+
+TokenSpan phrase_span(Tokens& tokens, std::string_view prompt_template, const std::string& phrase) {
+  // Byte-pair encoding works word by word, so the tokens before the slot do not depend on the
+  // phrase. Counts below leave out the start and end tokens.
+  const std::string before = prefix_of_template(prompt_template);
+  const auto count = [&](const std::string& text) {
+    return static_cast<int64_t>(tokens.of(text).size()) - 2;
+  };
+  const int64_t begin = 1 + (before.empty() ? 0 : count(before));
+  return {begin, begin + count(phrase)};
+}
+
+// The rows that one prompt adds to the least-squares problem.
+struct PromptRows {
+  at::Tensor positions;  // [k], in the prompt
+  at::Tensor sources;    // [k], in the anchor's prompt
+  at::Tensor from;       // [k, d]: what the model reads there
+  at::Tensor to;         // [k, d]: what it should read instead
+};
+
+// target, anchor: [window, d], the embeddings of the index-th template with phrase and anchor.
+PromptRows rows_of(Tokens& tokens, const Concept& item, const std::string& phrase, int index,
+                   const RefinementOptions& options, const at::Tensor& target,
+                   const at::Tensor& anchor) {
+  const std::string_view prompt_template = prompt_templates(item.kind)[index];
+  PromptPair pair;
+  pair.target_ids = tokens.of(fill_template(prompt_template, phrase));
+  pair.anchor_ids = tokens.of(fill_template(prompt_template, item.anchor));
+  pair.target_phrase = phrase_span(tokens, prompt_template, phrase);
+  pair.anchor_phrase = phrase_span(tokens, prompt_template, item.anchor);
+  pair.window = target.size(0);
+  const int64_t prefix = align_tokens(pair.target_ids, pair.anchor_ids, pair.window).prefix;
+  const TokenAlignment rows = edit_method(options.method).rows(pair, options.read_at);
+  PromptRows out;
+  out.positions = at::tensor(rows.target, at::kLong);
+  out.from = target.index_select(0, out.positions);
+  out.sources = at::tensor(rows.anchor, at::kLong);
+  out.to = anchor.index_select(0, out.sources);
+  // Identical by causality; what differs there is only rounding between two batches.
+  for (size_t k = 0; k < rows.target.size(); ++k) {
+    if (rows.target[k] == rows.anchor[k] && rows.target[k] < prefix) {
+      out.to[static_cast<int64_t>(k)].copy_(out.from[static_cast<int64_t>(k)]);
+    }
+  }
+  return out;
+}
+
+// One concept's rows, to be summed with those of concepts that have the same anchor.
+struct ConceptRows {
+  at::Tensor kept;     // [m, d] float32: what reads the same in the anchor's prompt
+  at::Tensor from;     // [n, d] float32: what moves ...
+  at::Tensor sources;  // [n]: ... to this row of the anchor's prompts, [templates * window, d]
+};
+
+ConceptRows collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& batches,
+                            const at::Tensor& anchor_embeddings, const Concept& item,
+                            const RefinementOptions& options) {
+  std::vector<at::Tensor> kept{at::zeros({0, encoder.width()})};
+  std::vector<at::Tensor> from{kept.front()};
+  std::vector<at::Tensor> sources{at::zeros({0}, at::kLong)};
+  for (const std::string& phrase : phrases(item)) {
+    const at::Tensor target_embeddings =
+        batches.encode(prompts_of(item.kind, item.templates, phrase));
+    for (int i = 0; i < item.templates; ++i) {
+      const PromptRows rows =
+          rows_of(tokens, item, phrase, i, options, target_embeddings[i], anchor_embeddings[i]);
+      const at::Tensor moves = rows.from.ne(rows.to).any(1);
+      const at::Tensor moving = moves.nonzero().squeeze(1);
+      kept.push_back(rows.from.index_select(0, moves.logical_not().nonzero().squeeze(1)));
+      from.push_back(rows.from.index_select(0, moving));
+      sources.push_back(rows.sources.index_select(0, moving) + i * encoder.window());
+    }
+  }
+  return {at::cat(kept), at::cat(from), at::cat(sources)};
+}
+
+// Sums concepts that share one anchor: sum (g - f) f^T = G^T H - sum f f^T, where H adds up the
+// rows that move to the same row of the anchor's prompts G. One product for all of them.
+class AnchorGroup {
+ public:
+  AnchorGroup(const at::Tensor& anchor_embeddings, int templates)
+      : anchor_(anchor_embeddings.reshape({-1, anchor_embeddings.size(2)}).to(at::kDouble)),
+        followers_(at::zeros_like(anchor_)),
+        edited_(anchor_.size(1)),
+        weight_(1.0 / templates) {}
+
+  void add(const ConceptRows& rows) {
+    if (rows.from.size(0) == 0) return;
+    edited_.add(rows.from, weight_);
+    followers_.index_add_(0, rows.sources, rows.from.to(at::kDouble), weight_);
+  }
+
+  // edited and shift += what was added
+  void finish(at::Tensor& edited, at::Tensor& shift) const {
+    const at::Tensor sum = edited_.finish();
+    edited.add_(sum);
+    shift.sub_(sum).addmm_(anchor_.transpose(0, 1), followers_);
+  }
+
+ private:
+  at::Tensor anchor_;     // G, [templates * window, d] float64
+  at::Tensor followers_;  // H, likewise
+  GramSum edited_;
+  double weight_;
+};
+
+// [d, d], mean over the prompts.
+at::Tensor collect_preserved(TextEncoder& encoder, BatchEncoder& batches,
+                             const PreservedPhrase& item) {
+  GramSum sum(encoder.width());
+  const at::Tensor embeddings = batches.encode(prompts_of(item.kind, item.templates, item.phrase));
+  sum.add(embeddings.reshape({-1, encoder.width()}), 1.0 / item.templates);
+  return sum.finish();
+}
+
+std::string anchor_key(const std::string& fingerprint, const Concept& item) {
+  return fingerprint + "\nanchor\n" + std::string(to_string(item.kind)) + '\n' +
+         std::to_string(item.templates) + '\n' + item.anchor;
+}
+
+std::string cache_key(const std::string& fingerprint, const Concept& item,
+                      const RefinementOptions& options) {
+  std::string key = fingerprint + "\nconcept\n" + options.method + '\n' +
+                    std::string(to_string(options.read_at)) + '\n' +
+                    std::string(to_string(item.kind)) + '\n' + std::to_string(item.templates) +
+                    '\n' + item.anchor;
+  for (const std::string& phrase : phrases(item)) key += '\n' + phrase;
+  return key;
+}
+
+std::string cache_key(const std::string& fingerprint, const PreservedPhrase& item) {
+  return fingerprint + "\npreserved\n" + std::string(to_string(item.kind)) + '\n' +
+         std::to_string(item.templates) + '\n' + item.phrase;
+}
+
+// What must stay, in two steps: the constructor takes what the cache knows and announces the rest,
+// prior() and preserve() encode that.
+class KeptTextCollector {
+ public:
+  KeptTextCollector(TextEncoder& encoder, BatchEncoder& batches,
+                    const std::vector<PreservedPhrase>& preserve, GeneralPriorSize general_prior,
+                    const std::vector<std::string>& erased, StatisticsCache* cache)
+      : encoder_(encoder),
+        batches_(batches),
+        cache_(cache),
+        fingerprint_(encoder.fingerprint()),
+        general_prior_(general_prior),
+        unwanted_(captions_naming(general_prior, erased)),
+        preserve_(at::zeros({encoder.width(), encoder.width()}, at::kDouble)) {
+    for (const PreservedPhrase& item : preserve) {
+      const std::vector<at::Tensor>* known =
+          cache == nullptr ? nullptr : cache->find(cache_key(fingerprint_, item));
+      if (known != nullptr) {
+        preserve_.add_(known->front());
+        continue;
+      }
+      to_encode_.push_back(&item);
+      batches_.expect(BatchEncoder::batches(item.templates));
+    }
+    prior_key_ = fingerprint_ + "\nprior\n" + std::string(to_string(general_prior));
+    for (const std::string& caption : unwanted_) prior_key_ += '\n' + caption;
+    const std::vector<at::Tensor>* known = cache == nullptr ? nullptr : cache->find(prior_key_);
+    if (known != nullptr) {
+      prior_ = known->front();
+    } else {
+      batches_.expect(BatchEncoder::batches(static_cast<int64_t>(unwanted_.size())));
+    }
+  }
+
+  // [d, d], without the captions that name something erased.
+  at::Tensor prior(Progress& progress) {
+    if (prior_.defined()) return prior_;
+    prior_ = general_prior_gram(encoder_, general_prior_, progress);
+    if (!unwanted_.empty()) {
+      const int64_t d = encoder_.width();
+      GramSum sum(d);
+      sum.add(batches_.encode(unwanted_).reshape({-1, d}));
+      prior_.sub_(sum.finish(), 1.0 / static_cast<double>(generic_captions(general_prior_).size()));
+    }
+    if (cache_ != nullptr && general_prior_ != GeneralPriorSize::kNone) {
+      cache_->insert(prior_key_, {prior_});
+    }
+    return prior_;
+  }
+
+  // [d, d]
+  at::Tensor preserve() {
+    for (const PreservedPhrase* item : to_encode_) {
+      const at::Tensor gram = collect_preserved(encoder_, batches_, *item);
+      preserve_.add_(gram);
+      if (cache_ != nullptr) cache_->insert(cache_key(fingerprint_, *item), {gram});
+    }
+    to_encode_.clear();
+    return preserve_;
+  }
+
+ private:
+  TextEncoder& encoder_;
+  BatchEncoder& batches_;
+  StatisticsCache* cache_;
+  std::string fingerprint_;
+  GeneralPriorSize general_prior_;
+  std::vector<std::string> unwanted_;  // captions
+  std::string prior_key_;
+  std::vector<const PreservedPhrase*> to_encode_;
+  at::Tensor preserve_;
+  at::Tensor prior_;
+};
+
+}  // namespace
+
+void check(const RefinementOptions& options) {
+  edit_method(options.method).check(options.read_at);
+  check_range(options.regularization, 0.0, 1e9, "regularization");
+  check_range(options.preserve_weight, 0.0, 1e9, "preserve_weight");
+  check_range(options.prior_weight, 0.0, 1e9, "prior_weight");
+  check_range(options.adversarial_rounds, 0, 3, "adversarial_rounds");
+}
+
+void check_phrases(TextEncoder& encoder, const ConceptSet& set) {
+  Tokens tokens(encoder);
+  const auto check_fit = [&](ConceptKind kind, int templates, const std::string& phrase) {
+    for (const std::string& prompt : prompts_of(kind, templates, phrase)) {
+      const auto needed = static_cast<int64_t>(tokens.of(prompt).size());
+      if (needed > encoder.window()) {
+        throw Error(in_quotes(phrase) + " is too long: its prompts need " + std::to_string(needed) +
+                    " tokens, the text encoder reads " + std::to_string(encoder.window()) +
+                    "; shorten the phrase");
+      }
+    }
+  };
+  for (const Concept& item : set.concepts) {
+    check_fit(item.kind, item.templates, item.anchor);
+    for (const std::string& phrase : phrases(item)) {
+      check_fit(item.kind, item.templates, phrase);
+      const std::vector<int64_t>& ids = tokens.of(phrase);
+      if (ids.size() <= 2) {
+        throw Error("the text encoder reads nothing in " + in_quotes(phrase) + "; use other words");
+      }
+      if (ids == tokens.of(item.anchor)) {
+        throw Error("the text encoder reads " + in_quotes(phrase) + " and its anchor " +
+                    in_quotes(item.anchor) + " as the same words; choose another anchor");
+      }
+    }
+  }
+  for (const PreservedPhrase& item : set.preserve)
+    check_fit(item.kind, item.templates, item.phrase);
+}
+
+const std::vector<at::Tensor>* StatisticsCache::find(const std::string& key) {
+  auto it = index_.find(key);
+  if (it == index_.end()) return nullptr;
+  entries_.splice(entries_.begin(), entries_, it->second);
+  return &entries_.front().tensors;
+}
+
+void StatisticsCache::insert(const std::string& key, std::vector<at::Tensor> tensors) {
+  int64_t bytes = 0;
+  for (const at::Tensor& tensor : tensors) bytes += static_cast<int64_t>(tensor.nbytes());
+  if (index_.contains(key) || bytes > capacity_) return;
+  bytes_ += bytes;
+  entries_.push_front({key, std::move(tensors), bytes});
+  index_[key] = entries_.begin();
+  while (bytes_ > capacity_) {
+    bytes_ -= entries_.back().bytes;
+    index_.erase(entries_.back().key);
+    entries_.pop_back();
+  }
+}
+
+RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
+                                  const RefinementOptions& options, StatisticsCache* cache,
+                                  Progress& progress) {
+  const std::string fingerprint = encoder.fingerprint();
+  if (fingerprint.empty()) cache = nullptr;
+  const auto known = [&](const std::string& key) {
+    return cache == nullptr ? nullptr : cache->find(key);
+  };
+
+  Tokens tokens(encoder);
+  BatchEncoder batches(encoder, progress);
+  std::vector<std::string> erased;
+  std::string sum_key = fingerprint + "\nsum";
+  // Concepts by anchor, in the order of the list; what the cache knows already.
+  std::vector<std::string> anchors;
+  std::map<std::string, std::vector<std::pair<const Concept*, std::optional<ConceptRows>>>> groups;
+  std::map<std::string, at::Tensor> anchor_embeddings;
+  for (const Concept& item : set.concepts) {
+    for (std::string& phrase : phrases(item)) erased.push_back(std::move(phrase));
+    sum_key += cache_key("\n", item, options);
+    const std::string anchor = anchor_key(fingerprint, item);
+    if (!groups.contains(anchor)) anchors.push_back(anchor);
+    groups[anchor].emplace_back(&item, std::nullopt);
+  }
+  const std::vector<at::Tensor>* summed = known(sum_key);
+  if (summed == nullptr) {
+    for (const std::string& anchor : anchors) {
+      for (auto& [item, rows] : groups[anchor]) {
+        if (const auto* tensors = known(cache_key(fingerprint, *item, options))) {
+          rows = ConceptRows{(*tensors)[0], (*tensors)[1], (*tensors)[2]};
+        } else {
+          batches.expect(BatchEncoder::batches(item->templates) *
+                         static_cast<int64_t>(phrases(*item).size()));
+        }
+      }
+      if (const auto* tensors = known(anchor)) {
+        anchor_embeddings[anchor] = tensors->front();
+      } else {
+        batches.expect(BatchEncoder::batches(groups[anchor].front().first->templates));
+      }
+    }
+  }
+  KeptTextCollector kept(encoder, batches, set.preserve, set.general_prior, erased, cache);
+
+  RefinementProblem problem;
+  problem.prior = kept.prior(progress);
+  if (summed != nullptr) {
+    problem.concepts = {(*summed)[0], (*summed)[1], (*summed)[2]};
+  } else {
+    const int64_t d = encoder.width();
+    problem.concepts = TextStatistics::zeros(d);
+    GramSum kept_context(d);
+    for (const std::string& anchor : anchors) {
+      auto& concepts = groups[anchor];
+      const Concept& first = *concepts.front().first;
+      at::Tensor& embeddings = anchor_embeddings[anchor];
+      if (!embeddings.defined()) {
+        embeddings = batches.encode(prompts_of(first.kind, first.templates, first.anchor));
+        if (cache != nullptr) cache->insert(anchor, {embeddings});
+      }
+      AnchorGroup group(embeddings, first.templates);
+      for (auto& [item, rows] : concepts) {
+        progress.check();
+        if (!rows) {
+          rows = collect_concept(encoder, tokens, batches, embeddings, *item, options);
+          if (cache != nullptr) {
+            cache->insert(cache_key(fingerprint, *item, options),
+                          {rows->kept, rows->from, rows->sources});
+          }
+        }
+        group.add(*rows);
+        kept_context.add(rows->kept, 1.0 / item->templates);
+        rows.reset();
+      }
+      group.finish(problem.concepts.edited, problem.concepts.shift);
+      embeddings.reset();
+    }
+    problem.concepts.kept = kept_context.finish();
+    if (cache != nullptr) {
+      cache->insert(sum_key,
+                    {problem.concepts.edited, problem.concepts.kept, problem.concepts.shift});
+    }
+  }
+  problem.preserve = kept.preserve();
+  return problem;
+}
+
+AnchoredPrompts anchor_prompts(TextEncoder& encoder, const Concept& item, const at::Tensor& context,
+                               const at::Tensor& anchor, const RefinementOptions& options) {
+  Tokens tokens(encoder);
+  StatisticsAccumulator sums(context.size(2));
+  AnchoredPrompts out;
+  out.context = context.clone();
+  int64_t prompt = 0;
+  for (const std::string& phrase : phrases(item)) {
+    for (int i = 0; i < item.templates; ++i, ++prompt) {
+      const PromptRows rows = rows_of(tokens, item, phrase, i, options, context[prompt], anchor[i]);
+      out.context[prompt].index_copy_(0, rows.positions, rows.to);
+      sums.add_pairs(rows.from, rows.to, 1.0 / static_cast<double>(context.size(0)));
+    }
+  }
+  out.statistics = sums.finish();
+  return out;
+}
+
+KeptText collect_kept_text(TextEncoder& encoder, const std::vector<PreservedPhrase>& preserve,
+                           GeneralPriorSize general_prior, const std::vector<std::string>& erased,
+                           StatisticsCache* cache, Progress& progress) {
+  if (encoder.fingerprint().empty()) cache = nullptr;
+  BatchEncoder batches(encoder, progress);
+  KeptTextCollector kept(encoder, batches, preserve, general_prior, erased, cache);
+  KeptText text;
+  text.prior = kept.prior(progress);
+  text.preserve = kept.preserve();
+  return text;
+}
+
+Refinement solve_refinement(const RefinementProblem& problem, const RefinementOptions& options,
+                            const at::Tensor& projection_gram) {
+  check(options);
+  const int64_t d = problem.concepts.width();
+  const at::Tensor identity = at::eye(d, at::kDouble);
+  at::Tensor base = problem.concepts.kept + identity * options.regularization;
+  if (problem.preserve.defined()) base.add_(problem.preserve, options.preserve_weight);
+  if (problem.prior.defined()) base.add_(problem.prior, options.prior_weight);
+  at::Tensor edited = problem.concepts.edited.clone();
+  at::Tensor shift = problem.concepts.shift.clone();
+
+  Refinement result;
+  result.matrices = options.matrices;
+  result.options = options;
+  const auto solve = [&] {
+    const SpdSolver solver(edited + base, kNoiseFloor);
+    result.condition = solver.condition();
+    result.floor_added = solver.floor_added();
+    result.delta = solver.solve_right(shift);
+  };
+  solve();
+  for (int round = 0; round < options.adversarial_rounds; ++round) {
+    // RECE: the embedding f' = T f that the edited model reads like the original reads f,
+    //   T = (N^T K N + ridge I)^-1 N^T K,  K = sum over projections of W^T W,
+    // becomes another row to edit. T is linear, so the rows themselves are not needed.
+    if (!projection_gram.defined()) throw Error("adversarial rounds need the model's projections");
+    const at::Tensor n = identity + result.delta;
+    const at::Tensor ntk = at::matmul(n.transpose(0, 1), projection_gram);
+    const double ridge = kAdversarialRidge * projection_gram.diagonal().mean().item<double>();
+    const at::Tensor t = SpdSolver(at::matmul(ntk, n) + identity * ridge).solve(ntk);
+    const at::Tensor tt = t.transpose(0, 1);
+    const at::Tensor second = at::matmul(at::matmul(t, problem.concepts.edited), tt);
+    shift += at::matmul(problem.concepts.shift + problem.concepts.edited, tt) - second;
+    edited += second;
+    solve();
+  }
+  return result;
+}
+
+}  // namespace lacuna

@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/concepts/concept_set.h"
+
+#include <array>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <unordered_map>
+#include <utility>
+
+#include "lacuna/concepts/prompt_templates.h"
+#include "lacuna/concepts/typed_list.h"
+#include "lacuna/error.h"
+#include "lacuna/files/json_text.h"
+#include "lacuna/files/text.h"
+
+namespace lacuna {
+namespace {
+
+using nlohmann::json;
+
+constexpr std::string_view kConceptsFormat = "lacuna.concepts/1";
+constexpr size_t kMaxTextBytes = 4u << 20;
+constexpr size_t kMaxConcepts = 10'000;
+constexpr size_t kMaxPhraseCharacters = 500;
+// Ten thousand concepts of seven members and thirty synonyms, and as many preserved phrases.
+constexpr JsonLimits kJsonLimits{.depth = 8, .values = 420'000};
+
+std::string read_anchor(const ConceptDefaults& defaults) {
+  const std::string where = "the default anchor";
+  if (normalize_phrase(defaults.anchor).empty()) return std::string(default_anchor(defaults.kind));
+  if (find_arrow(defaults.anchor, where)) {
+    throw Error(where + " " + in_quotes(defaults.anchor) +
+                " holds an arrow; write the phrase alone");
+  }
+  ReadingNotes unused;
+  return typed_phrase(defaults.anchor, 1, where, unused);
+}
+
+// Between synonyms any of these can only separate.
+std::vector<std::string> split_synonyms(std::string_view text) {
+  constexpr std::array<std::string_view, 5> kSeparators{",", "，", "、", ";", "；"};
+  std::vector<std::string> synonyms(1);
+  while (!text.empty()) {
+    size_t size = 0;
+    for (const std::string_view mark : kSeparators) {
+      if (text.starts_with(mark)) size = mark.size();
+    }
+    if (size > 0) {
+      synonyms.emplace_back();
+    } else {
+      size = 1;
+      synonyms.back() += text.front();
+    }
+    text.remove_prefix(size);
+  }
+  return synonyms;
+}
+
+// Where the first of '|' and its full-width form stands, and its size; size 0: nowhere.
+std::pair<size_t, size_t> find_bar(std::string_view text) {
+  constexpr std::string_view kWide = "｜";
+  const size_t plain = text.find('|'), wide = text.find(kWide);
+  if (plain == wide) return {text.size(), 0};
+  return plain < wide ? std::pair(plain, size_t{1}) : std::pair(wide, kWide.size());
+}
+
+Concept read_line(const TypedLine& line, const std::string& where, const ConceptDefaults& defaults,
+                  ReadingNotes& notes) {
+  const auto fail = [&](const std::string& what) -> Error {
+    return Error(where + ": " + what + "; write it as: target -> anchor | synonym, synonym");
+  };
+  const auto phrase = [&](std::string_view text) {
+    return typed_phrase(text, line.number, where, notes);
+  };
+  std::string_view body = line.text;
+  refuse_prompt_syntax(body, where);
+  Concept item;
+  item.kind = defaults.kind;
+  item.templates = defaults.templates;
+  item.comment = line.comment;
+  if (const auto [bar, size] = find_bar(body); size > 0) {
+    const std::string_view after = body.substr(bar + size);
+    if (find_bar(after).second > 0) throw fail("more than one '|'");
+    if (size > 1) notes.understood(line.number, "'｜' read as '|'");
+    if (after.find("，") != std::string_view::npos || after.find("、") != std::string_view::npos ||
+        after.find(';') != std::string_view::npos || after.find("；") != std::string_view::npos) {
+      notes.understood(line.number, "other separators between synonyms read as ','");
+    }
+    for (const std::string& part : split_synonyms(after)) {
+      if (std::string synonym = phrase(part); !synonym.empty()) {
+        item.synonyms.push_back(std::move(synonym));
+      }
+    }
+    if (item.synonyms.empty()) throw fail("nothing after '|'");
+    body = body.substr(0, bar);
+  }
+  if (const auto arrow = find_arrow(body, where)) {
+    const std::string_view after = body.substr(arrow->begin + arrow->size);
+    if (find_arrow(after, where)) throw fail("more than one '->'");
+    const std::string_view typed = body.substr(arrow->begin, arrow->size);
+    if (typed != "->") {
+      notes.understood(line.number, "'" + std::string(typed) + "' read as '->'");
+    }
+    item.anchor = phrase(after);
+    if (item.anchor.empty()) throw fail("nothing after '->'");
+    body = body.substr(0, arrow->begin);
+  } else {
+    item.anchor = read_anchor(defaults);
+  }
+  item.target = phrase(body);
+  if (item.target.empty()) throw fail("no target");
+  return item;
+}
+
+// Reads members of one JSON object and says where a wrong one stands.
+class ObjectReader {
+ public:
+  ObjectReader(const json& object, std::string where, std::vector<std::string_view> known)
+      : object_(object), where_(std::move(where)) {
+    if (!object.is_object()) throw Error(where_ + " must be an object");
+    for (const auto& [key, value] : object.items()) {
+      bool found = false;
+      for (std::string_view name : known) found = found || name == key;
+      if (!found) throw Error(where_ + " has an unknown member " + in_quotes(key));
+    }
+  }
+
+  std::string string(const char* key, std::optional<std::string> fallback = {}) const {
+    const json* value = find(key, fallback.has_value());
+    if (value == nullptr) return *fallback;
+    if (!value->is_string()) throw Error(where_ + ": '" + key + "' must be text");
+    return value->get<std::string>();
+  }
+
+  int integer(const char* key, int fallback) const {
+    const json* value = find(key, true);
+    if (value == nullptr) return fallback;
+    if (!value->is_number_integer()) throw Error(where_ + ": '" + key + "' must be a whole number");
+    const auto number = value->get<int64_t>();
+    if (number < 0 || number > 1'000'000) throw Error(where_ + ": '" + key + "' is out of range");
+    return static_cast<int>(number);
+  }
+
+  const json& array(const char* key, const json& fallback) const {
+    const json* value = find(key, true);
+    if (value == nullptr) return fallback;
+    if (!value->is_array()) throw Error(where_ + ": '" + key + "' must be a list");
+    return *value;
+  }
+
+ private:
+  const json* find(const char* key, bool optional) const {
+    auto it = object_.find(key);
+    if (it != object_.end()) return &*it;
+    if (!optional) throw Error(where_ + ": '" + key + "' is missing");
+    return nullptr;
+  }
+
+  const json& object_;
+  std::string where_;
+};
+
+Concept concept_from_json(const json& value, const std::string& where,
+                          const ConceptDefaults& defaults = {}) {
+  ObjectReader reader(value, where,
+                      {"target", "anchor", "kind", "synonyms", "templates", "comment"});
+  Concept item;
+  item.target = normalize_phrase(reader.string("target"));
+  item.kind =
+      concept_kind_from_string(reader.string("kind", std::string(to_string(defaults.kind))));
+  item.anchor = normalize_phrase(
+      reader.string("anchor", read_anchor({.kind = item.kind, .anchor = defaults.anchor})));
+  item.templates = reader.integer("templates", defaults.templates);
+  item.comment = reader.string("comment", "");
+  const json none = json::array();
+  for (const json& synonym : reader.array("synonyms", none)) {
+    if (!synonym.is_string()) throw Error(where + ": every synonym must be text");
+    item.synonyms.push_back(normalize_phrase(synonym.get<std::string>()));
+  }
+  return item;
+}
+
+PreservedPhrase preserved_from_json(const json& value, const std::string& where) {
+  PreservedPhrase item;
+  if (value.is_string()) {
+    item.phrase = normalize_phrase(value.get<std::string>());
+    return item;
+  }
+  ObjectReader reader(value, where, {"phrase", "kind", "templates"});
+  item.phrase = normalize_phrase(reader.string("phrase"));
+  item.kind = concept_kind_from_string(reader.string("kind", "object"));
+  item.templates = reader.integer("templates", kTemplatesPerKind);
+  return item;
+}
+
+void check_phrase(const std::string& phrase, const std::string& what) {
+  if (phrase.empty()) throw Error(what + " is empty");
+  if (count_characters(phrase) > kMaxPhraseCharacters) {
+    throw Error(what + " " + in_quotes(phrase, 40) + " is longer than " +
+                std::to_string(kMaxPhraseCharacters) + " characters");
+  }
+}
+
+// JSON brings its phrases as they are. An empty one is told by validate().
+void check_words(const std::string& phrase) {
+  if (!phrase.empty() && !has_words(phrase)) {
+    throw Error(in_quotes(phrase) + " is punctuation alone; write a word");
+  }
+}
+
+// Without the object around it that names the format: texts as typed in lines, or concepts.
+ConceptSet concepts_from_list(std::string_view body, const ConceptDefaults& defaults,
+                              ReadingNotes& notes) {
+  const json list = parse_json(body, "the concept JSON", kJsonLimits);
+  if (list.size() > kMaxConcepts) throw Error("more than 10000 concepts in one list");
+  ConceptSet set;
+  for (size_t i = 0; i < list.size(); ++i) {
+    const std::string where = "concept " + std::to_string(i + 1);
+    if (!list[i].is_string()) {
+      set.concepts.push_back(concept_from_json(list[i], where, defaults));
+      continue;
+    }
+    const TypedLine line{i + 1, normalize_phrase(list[i].get<std::string>()), ""};
+    set.concepts.push_back(read_line(line, where, defaults, notes));
+  }
+  notes.understood(1, "a JSON list, read as one concept an entry");
+  return set;
+}
+
+void check_templates(int templates, const std::string& phrase) {
+  if (templates < 1 || templates > kTemplatesPerKind) {
+    throw Error("templates for " + in_quotes(phrase) + " must be 1 to " +
+                std::to_string(kTemplatesPerKind) + ", not " + std::to_string(templates));
+  }
+}
+
+}  // namespace
+
+ConceptSet parse_concepts(std::string_view text, const ConceptDefaults& defaults,
+                          ReadingNotes* notes) {
+  ReadingNotes unused;
+  ReadingNotes& told = notes == nullptr ? unused : *notes;
+  const std::string body = list_body(text, "the concept list", told);
+  ConceptSet set;
+  if (is_json_object(body)) {
+    set = concept_set_from_json(body);
+  } else if (is_json_list(body)) {
+    set = concepts_from_list(body, defaults, told);
+  } else {
+    for (const TypedLine& line : typed_lines(body, "the concept list", told)) {
+      const std::string where = "concept line " + std::to_string(line.number);
+      set.concepts.push_back(read_line(line, where, defaults, told));
+    }
+  }
+  for (const Concept& item : set.concepts) {
+    for (const std::string& phrase : phrases(item)) check_words(phrase);
+    check_words(item.anchor);
+  }
+  for (const PreservedPhrase& item : set.preserve) check_words(item.phrase);
+  return set;
+}
+
+std::vector<PreservedPhrase> parse_preserve_lines(std::string_view text,
+                                                  const ConceptDefaults& defaults,
+                                                  ReadingNotes* notes) {
+  ReadingNotes unused;
+  std::vector<PreservedPhrase> preserve;
+  for (TypedPhrase& item :
+       typed_phrases(text, "the preserve list", notes == nullptr ? unused : *notes)) {
+    preserve.push_back({std::move(item.phrase), defaults.kind, defaults.templates});
+  }
+  return preserve;
+}
+
+ConceptSet merge(const ConceptSet& earlier, const ConceptSet& later) {
+  ConceptSet set = earlier;
+  set.concepts.insert(set.concepts.end(), later.concepts.begin(), later.concepts.end());
+  set.preserve.insert(set.preserve.end(), later.preserve.begin(), later.preserve.end());
+  set.general_prior = later.general_prior;
+  return set;
+}
+
+void validate(const ConceptSet& set) {
+  if (set.concepts.empty()) {
+    throw Error("no concept to erase: type one phrase a line into 'concepts'");
+  }
+  std::unordered_map<std::string, std::string> owner;  // folded phrase -> target it belongs to
+  for (const Concept& item : set.concepts) {
+    check_phrase(item.target, "a concept");
+    check_phrase(item.anchor, "the anchor of " + in_quotes(item.target));
+    check_templates(item.templates, item.target);
+    for (const std::string& phrase : phrases(item)) {
+      check_phrase(phrase, "a synonym of " + in_quotes(item.target));
+      if (fold_case(phrase) == fold_case(item.anchor)) {
+        throw Error(in_quotes(phrase) +
+                    " is its own anchor: nothing would be erased; choose another "
+                    "anchor after '->'");
+      }
+      auto [it, added] = owner.emplace(fold_case(phrase), item.target);
+      if (!added) {
+        throw Error(in_quotes(phrase) + " is listed twice" +
+                    (it->second == item.target ? "" : " (also for " + in_quotes(it->second) + ")") +
+                    "; remove one of them");
+      }
+    }
+  }
+  std::unordered_map<std::string, bool> preserved;
+  for (const PreservedPhrase& item : set.preserve) {
+    check_phrase(item.phrase, "a preserved phrase");
+    check_templates(item.templates, item.phrase);
+    if (owner.contains(fold_case(item.phrase))) {
+      throw Error(in_quotes(item.phrase) +
+                  " is both erased and preserved; remove it from one list");
+    }
+    if (!preserved.emplace(fold_case(item.phrase), true).second) {
+      throw Error(in_quotes(item.phrase) + " is preserved twice; remove one of them");
+    }
+  }
+}
+
+std::vector<std::string> phrases(const Concept& item) {
+  std::vector<std::string> all{item.target};
+  all.insert(all.end(), item.synonyms.begin(), item.synonyms.end());
+  return all;
+}
+
+std::string to_json(const ConceptSet& set) {
+  nlohmann::ordered_json root;
+  root["format"] = kConceptsFormat;
+  root["general_prior"] = to_string(set.general_prior);
+  root["concepts"] = json::array();
+  for (const Concept& item : set.concepts) {
+    nlohmann::ordered_json entry;
+    entry["target"] = item.target;
+    entry["anchor"] = item.anchor;
+    entry["kind"] = to_string(item.kind);
+    if (!item.synonyms.empty()) entry["synonyms"] = item.synonyms;
+    entry["templates"] = item.templates;
+    if (!item.comment.empty()) entry["comment"] = item.comment;
+    root["concepts"].push_back(std::move(entry));
+  }
+  root["preserve"] = json::array();
+  for (const PreservedPhrase& item : set.preserve) {
+    nlohmann::ordered_json entry;
+    entry["phrase"] = item.phrase;
+    entry["kind"] = to_string(item.kind);
+    entry["templates"] = item.templates;
+    root["preserve"].push_back(std::move(entry));
+  }
+  try {
+    return root.dump(2);
+  } catch (const json::exception&) {
+    throw Error("a concept holds text that is not valid UTF-8; type it again");
+  }
+}
+
+ConceptSet concept_set_from_json(std::string_view text) {
+  if (text.size() > kMaxTextBytes) throw Error("the concept file is larger than 4 MiB");
+  const json root = parse_json(text, "the concept JSON", kJsonLimits);
+  ObjectReader reader(root, "the concept JSON",
+                      {"format", "concepts", "preserve", "general_prior"});
+  if (const std::string format = reader.string("format"); format != kConceptsFormat) {
+    throw Error("the concept JSON has format " + in_quotes(format) + ", expected '" +
+                std::string(kConceptsFormat) + "'");
+  }
+  ConceptSet set;
+  set.general_prior = general_prior_from_string(reader.string("general_prior", "small"));
+  const json none = json::array();
+  const json& concepts = reader.array("concepts", none);
+  const json& preserve = reader.array("preserve", none);
+  if (concepts.size() > kMaxConcepts) throw Error("more than 10000 concepts in one list");
+  if (preserve.size() > kMaxConcepts) throw Error("more than 10000 preserved phrases");
+  for (size_t i = 0; i < concepts.size(); ++i) {
+    set.concepts.push_back(concept_from_json(concepts[i], "concept " + std::to_string(i + 1)));
+  }
+  for (size_t i = 0; i < preserve.size(); ++i) {
+    set.preserve.push_back(
+        preserved_from_json(preserve[i], "preserved phrase " + std::to_string(i + 1)));
+  }
+  return set;
+}
+
+}  // namespace lacuna

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/concepts/prompt_templates.h"
+
+#include "embedded_lines.h"
+
+namespace lacuna {
+
+std::span<const std::string_view> prompt_templates(ConceptKind kind) {
+  switch (kind) {
+    case ConceptKind::kPerson:
+      return embedded::templates_person();
+    case ConceptKind::kStyle:
+      return embedded::templates_style();
+    case ConceptKind::kExplicit:
+      return embedded::templates_explicit();
+    case ConceptKind::kObject:
+      break;
+  }
+  return embedded::templates_object();
+}
+
+std::string prefix_of_template(std::string_view prompt_template) {
+  return std::string(prompt_template.substr(0, prompt_template.find("{}")));
+}
+
+std::string fill_template(std::string_view prompt_template, std::string_view phrase) {
+  const size_t slot = prompt_template.find("{}");
+  return std::string(prompt_template.substr(0, slot))
+      .append(phrase)
+      .append(prompt_template.substr(slot + 2));
+}
+
+}  // namespace lacuna

@@ -1,0 +1,483 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/concepts/typed_list.h"
+
+#include <utf8proc.h>
+
+#include <algorithm>
+#include <array>
+#include <nlohmann/json.hpp>
+#include <regex>
+
+#include "lacuna/error.h"
+#include "lacuna/files/json_text.h"
+#include "lacuna/files/text.h"
+
+namespace lacuna {
+namespace {
+
+constexpr size_t kMaxListBytes = 4u << 20;
+constexpr size_t kMostLines = 10'000;
+constexpr size_t kMostNotes = 5;  // doubts told, and lines named for each
+
+constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
+constexpr std::array<std::string_view, 7> kLooseBullets{"-", "*", "+", "–", "—", ">", "−"};
+constexpr std::array<std::string_view, 16> kBullets{"•", "‣", "◦", "▪", "▫", "●", "○", "■",
+                                                    "□", "∙", "⁃", "►", "▸", "✓", "✔", "☐"};
+constexpr std::array<std::string_view, 5> kSeparators{",", ";", "，", "、", "；"};
+constexpr std::array<std::string_view, 3> kCommas{",", "，", "、"};
+constexpr std::array<std::pair<std::string_view, std::string_view>, 20> kQuotes{{
+    {"\"", "\""}, {"'", "'"},   {"“", "”"},   {"“", "“"}, {"”", "”"},   {"„", "“"}, {"„", "”"},
+    {"‘", "’"},   {"’", "’"},   {"‚", "‘"},   {"«", "»"}, {"»", "«"},   {"‹", "›"}, {"「", "」"},
+    {"『", "』"}, {"＂", "＂"}, {"＇", "＇"}, {"`", "`"}, {"**", "**"}, {"*", "*"},
+}};
+// Strokes and heads of arrows that are typed; "&gt;" comes from web pages.
+constexpr std::array<std::string_view, 10> kStrokes{"-", "=", "–", "—",  "−",
+                                                    "─", "━", "‐", "－", "＝"};
+constexpr std::array<std::string_view, 4> kHeads{">", "＞", "›", "&gt;"};
+
+template <size_t N>
+std::string_view prefix_in(std::string_view text, const std::array<std::string_view, N>& prefixes) {
+  for (const std::string_view prefix : prefixes) {
+    if (text.starts_with(prefix)) return prefix;
+  }
+  return {};
+}
+
+std::string_view trimmed(std::string_view text) {
+  while (text.starts_with(' ')) text.remove_prefix(1);
+  while (text.ends_with(' ')) text.remove_suffix(1);
+  return text;
+}
+
+bool is_right_arrow(char32_t c) {
+  return c == 0x2192 || c == 0x21a6 || c == 0x21d2 || c == 0x21e2 || c == 0x21e8 || c == 0x2794 ||
+         (c >= 0x2799 && c <= 0x27a1) || (c >= 0x27a8 && c <= 0x27af) ||
+         (c >= 0x27b1 && c <= 0x27be) || c == 0x27f6 || c == 0x27f9 || c == 0x27fc || c == 0x27fe ||
+         c == 0x2b62 || c == 0x2b95 || c == 0xffeb || c == 0x1f852 || c == 0x1f87a;
+}
+
+bool is_other_arrow(char32_t c) {
+  return c == 0x2190 || c == 0x2194 || c == 0x21d0 || c == 0x21d4 || c == 0x27f5 || c == 0x27f7 ||
+         c == 0x27f8 || c == 0x27fa || c == 0xffe9;
+}
+
+// A ruled line, "---" or "=====".
+bool is_ruled(std::string_view text) {
+  const size_t size = first_character(text).bytes;
+  const std::string_view mark = text.substr(0, size);
+  if (prefix_in(mark, std::array<std::string_view, 7>{"-", "=", "*", "_", "—", "–", "─"}).empty()) {
+    return false;
+  }
+  size_t count = 0;
+  for (; text.starts_with(mark); ++count) text.remove_prefix(size);
+  return count >= 3 && text.empty();
+}
+
+bool is_fence(std::string_view line) {
+  return (line.starts_with("```") || line.starts_with("~~~")) && line.size() <= 30 &&
+         line.find_first_of(" `~", 3) == std::string_view::npos;
+}
+
+bool has_invisible(std::string_view text) {
+  // Zero-width space, word joiner, byte-order mark, directions.
+  constexpr std::array<std::string_view, 8> kInvisible{
+      "\xE2\x80\x8B", "\xE2\x81\xA0", "\xEF\xBB\xBF", "\xE2\x80\x8E",
+      "\xE2\x80\x8F", "\xE2\x80\xAA", "\xE2\x80\xAB", "\xE2\x80\xAC"};
+  return std::any_of(kInvisible.begin(), kInvisible.end(), [&](std::string_view mark) {
+    return text.find(mark) != std::string_view::npos;
+  });
+}
+
+std::string_view without_bullet(std::string_view text) {
+  std::string_view rest = text;
+  if (const std::string_view mark = prefix_in(text, kBullets); !mark.empty()) {
+    rest.remove_prefix(mark.size());
+  } else if (const std::string_view dash = prefix_in(text, kLooseBullets);
+             !dash.empty() && text.substr(dash.size()).starts_with(' ')) {
+    rest.remove_prefix(dash.size() + 1);
+    for (const std::string_view box : {"[ ] ", "[x] ", "[X] "}) {
+      if (rest.starts_with(box)) rest.remove_prefix(box.size());
+    }
+  }
+  rest = trimmed(rest);
+  return rest.empty() ? text : rest;
+}
+
+// The number before a line, as in "1. owl" or "2) owl" or "(3) owl", and its bytes.
+struct LineNumber {
+  int value = 0;
+  size_t bytes = 0;
+  bool spaced = false;
+};
+std::optional<LineNumber> line_number(std::string_view text) {
+  const bool bracket = text.starts_with('(');
+  size_t at = bracket ? 1 : 0;
+  LineNumber number;
+  const size_t begin = at;
+  for (; at < text.size() && text[at] >= '0' && text[at] <= '9' && at - begin < 5; ++at) {
+    number.value = 10 * number.value + (text[at] - '0');
+  }
+  if (at == begin) return std::nullopt;
+  const std::string_view mark =
+      bracket
+          ? prefix_in(text.substr(at), std::array<std::string_view, 1>{")"})
+          : prefix_in(text.substr(at), std::array<std::string_view, 5>{".", ")", "．", "）", "、"});
+  if (mark.empty()) return std::nullopt;
+  at += mark.size();
+  number.spaced = text.substr(at).starts_with(' ');
+  const std::string_view rest = trimmed(text.substr(at));
+  // "3.5 mm" is not the third line.
+  if (rest.empty() || (!number.spaced && rest[0] >= '0' && rest[0] <= '9')) return std::nullopt;
+  number.bytes = text.size() - rest.size();
+  return number;
+}
+
+// Only a list whose lines all count: "1. FC Union" alone is a name.
+void take_numbers(std::vector<TypedLine>& lines, ReadingNotes& notes) {
+  std::vector<LineNumber> numbers;
+  for (const TypedLine& line : lines) {
+    const auto number = line_number(line.text);
+    if (number) numbers.push_back(*number);
+  }
+  bool counts = lines.size() >= 2 && numbers.size() == lines.size(), ones = counts;
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    counts = counts && (i == 0 || numbers[i].value == numbers[i - 1].value + 1);
+    ones = ones && numbers[i].value == 1;  // as Markdown allows
+  }
+  for (size_t i = 0; i < lines.size(); ++i) {
+    if (counts || ones) {
+      lines[i].text.erase(0, numbers[i].bytes);
+      notes.understood(lines[i].number, "numbers of lines left out");
+    } else if (const auto number = line_number(lines[i].text); number && number->spaced) {
+      notes.doubt(lines[i].number,
+                  in_quotes(lines[i].text) +
+                      " is read with its number; delete the number if it only counts the lines");
+    }
+  }
+}
+
+bool is_one_of(std::string_view body, size_t at, std::initializer_list<std::string_view> starts) {
+  const size_t next = body.find_first_not_of(" \t\r\n", at);
+  if (next == std::string_view::npos) return true;
+  return std::any_of(starts.begin(), starts.end(),
+                     [&](std::string_view start) { return body.substr(next).starts_with(start); });
+}
+
+}  // namespace
+
+void ReadingNotes::understood(size_t line, const std::string& what) {
+  const auto it = std::find_if(understood_.begin(), understood_.end(),
+                               [&](const Note& note) { return note.what == what; });
+  if (it == understood_.end()) {
+    understood_.push_back({what, {line}});
+  } else if (it->lines.back() != line) {
+    it->lines.push_back(line);
+  }
+}
+
+void ReadingNotes::doubt(size_t line, const std::string& sentence) {
+  doubts_.push_back({sentence, {line}});
+}
+
+std::string ReadingNotes::text() const {
+  std::string out;
+  for (const Note& note : understood_) {
+    out += out.empty() ? "" : "\n";
+    out += note.lines.size() == 1 ? "Line " : "Lines ";
+    for (size_t i = 0; i < std::min(note.lines.size(), kMostNotes); ++i) {
+      out += (i == 0 ? "" : ", ") + std::to_string(note.lines[i]);
+    }
+    if (note.lines.size() > kMostNotes) {
+      out += " and " + std::to_string(note.lines.size() - kMostNotes) + " more";
+    }
+    out += ": " + note.what + ".";
+  }
+  for (size_t i = 0; i < std::min(doubts_.size(), kMostNotes); ++i) {
+    out += out.empty() ? "" : "\n";
+    out += "Check line " + std::to_string(doubts_[i].lines[0]) + ": " + doubts_[i].what + ".";
+  }
+  if (doubts_.size() > kMostNotes) {
+    out += "\nCheck " + std::to_string(doubts_.size() - kMostNotes) + " more lines like these.";
+  }
+  return out;
+}
+
+std::string list_body(std::string_view text, const std::string& list, ReadingNotes& notes) {
+  if (text.size() > kMaxListBytes) throw Error(list + " is larger than 4 MiB");
+  if (!is_utf8(text)) throw Error(list + " is not text in UTF-8; type it again");
+  if (text.starts_with(kByteOrderMark)) {
+    text.remove_prefix(kByteOrderMark.size());
+    notes.understood(1, "an invisible byte-order mark left out");
+  }
+  std::vector<std::string> lines = split_lines(text);
+  std::vector<size_t> fences;
+  for (size_t i = 0; i < lines.size(); ++i) {
+    if (is_fence(normalize_phrase(lines[i]))) fences.push_back(i);
+  }
+  if (fences.empty()) return std::string(text);
+  const auto inside = [&](size_t line) {
+    const auto before = std::upper_bound(fences.begin(), fences.end(), line) - fences.begin();
+    return before % 2 == 1;
+  };
+  std::string body;
+  for (size_t i = 0; i < lines.size(); ++i) {
+    const bool fence = std::binary_search(fences.begin(), fences.end(), i);
+    const std::string said = normalize_phrase(split_comment(lines[i]).first);
+    if (fences.size() > 1 && !fence && !inside(i) && !said.empty()) {
+      throw Error(list + " has text outside the fence of ``` (line " + std::to_string(i + 1) +
+                  ": " + in_quotes(said, 40) + "); paste only the list");
+    }
+    body += (i == 0 ? "" : "\n") + (fence ? std::string() : lines[i]);
+  }
+  for (const size_t fence : fences) notes.understood(fence + 1, "the fence of ``` left out");
+  return body;
+}
+
+bool is_json_object(std::string_view body) {
+  const size_t begin = body.find_first_not_of(" \t\r\n");
+  if (begin == std::string_view::npos || body[begin] != '{') return false;
+  // {owl|ship} is what prompts write for "one of these".
+  const std::string_view line = body.substr(begin, body.find_first_of("\r\n", begin) - begin);
+  const size_t end = line.find('}');
+  const std::string_view group = line.substr(0, end);
+  return end == std::string_view::npos || trimmed(group.substr(1)).empty() ||
+         group.find_first_of("\":'") != std::string_view::npos ||
+         group.find("“") != std::string_view::npos;
+}
+
+bool is_json_list(std::string_view body) {
+  const size_t begin = body.find_first_not_of(" \t\r\n");
+  return begin != std::string_view::npos && body[begin] == '[' &&
+         is_one_of(body, begin + 1, {"\"", "{", "]", "'", "“", "‘"});
+}
+
+std::vector<TypedLine> typed_lines(std::string_view body, const std::string& list,
+                                   ReadingNotes& notes) {
+  std::string text;
+  for (size_t i = 0; i < body.size();) {
+    // Soft line breaks of word processors, and Unicode's own.
+    if (body.substr(i).starts_with("\xE2\x80\xA8") || body.substr(i).starts_with("\xE2\x80\xA9")) {
+      text += '\n';
+      i += 3;
+    } else {
+      text += body[i++];
+    }
+  }
+  std::vector<TypedLine> lines;
+  size_t number = 0;
+  for (const std::string& line : split_lines(text)) {
+    ++number;
+    const auto [said, comment] = split_comment(line);
+    std::string clean = normalize_phrase(said);
+    if (clean.empty() || clean.starts_with('#')) continue;
+    if (is_ruled(clean)) {
+      notes.understood(number, "a ruled line left out");
+      continue;
+    }
+    if (const std::string_view rest = without_bullet(clean); rest.size() < clean.size()) {
+      clean = std::string(rest);
+      notes.understood(number, "bullets left out");
+    }
+    std::string_view end = clean;
+    const auto ends_with_separator = [&] {
+      return std::any_of(kSeparators.begin(), kSeparators.end(),
+                         [&](std::string_view mark) { return end.ends_with(mark); });
+    };
+    while (ends_with_separator()) {
+      end = trimmed(end.substr(0, end.size() - (end.ends_with(',') || end.ends_with(';') ? 1 : 3)));
+    }
+    if (end.size() < clean.size() && !end.empty()) {
+      clean = std::string(end);
+      notes.understood(number, "separators at the end left out");
+    }
+    if (line.find('\t', line.find_first_not_of(" \t")) < line.find_last_not_of(" \t\r")) {
+      if (comment.empty()) {
+        notes.doubt(number, in_quotes(clean) +
+                                " has a tab inside, read as a space; write target -> anchor if "
+                                "these are two columns");
+      }
+    }
+    if (has_invisible(said)) notes.understood(number, "invisible characters left out");
+    if (lines.size() >= kMostLines) {
+      throw Error(list + " has more than " + std::to_string(kMostLines) + " entries");
+    }
+    lines.push_back({number, std::move(clean), normalize_phrase(comment)});
+  }
+  take_numbers(lines, notes);
+  return lines;
+}
+
+bool has_words(std::string_view phrase) {
+  while (!phrase.empty()) {
+    const auto [bytes, code] = first_character(phrase);
+    if (bytes == 0) return true;  // told elsewhere
+    switch (utf8proc_category(static_cast<utf8proc_int32_t>(code))) {
+      case UTF8PROC_CATEGORY_PC:
+      case UTF8PROC_CATEGORY_PD:
+      case UTF8PROC_CATEGORY_PS:
+      case UTF8PROC_CATEGORY_PE:
+      case UTF8PROC_CATEGORY_PI:
+      case UTF8PROC_CATEGORY_PF:
+      case UTF8PROC_CATEGORY_PO:
+      case UTF8PROC_CATEGORY_SM:
+      case UTF8PROC_CATEGORY_SK:
+      case UTF8PROC_CATEGORY_ZS:
+      case UTF8PROC_CATEGORY_CC:
+      case UTF8PROC_CATEGORY_CF:
+        break;
+      default:
+        return true;
+    }
+    phrase.remove_prefix(bytes);
+  }
+  return false;
+}
+
+void refuse_prompt_syntax(std::string_view text, const std::string& where) {
+  if (text.find_first_of("<({[_") == std::string_view::npos) return;
+  // std::regex recurses on long lines, and phrases are short.
+  const std::string_view head = text.substr(0, 2'000);
+  static const std::array<std::regex, 5> patterns{
+      std::regex("<[A-Za-z]+:[^<>]*>"),                          // <lora:x:1>
+      std::regex("\\([^()]*:[ ]*[-+]?[0-9]*\\.?[0-9]+[ ]*\\)"),  // (owl:1.3)
+      std::regex("\\{[^{}]*\\}"),                                // {owl|ship}
+      std::regex("__[A-Za-z0-9/_-]+__"),                         // __animals__
+      std::regex("^(\\[.*\\]|\\(\\(.*\\)\\))$"),                 // [owl:ship:0.5], ((owl))
+  };
+  std::match_results<std::string_view::const_iterator> match;
+  for (const std::regex& pattern : patterns) {
+    if (std::regex_search(head.begin(), head.end(), match, pattern)) {
+      throw Error(where + ": " + in_quotes(match.str()) +
+                  " is prompt syntax (weights, choices, LoRAs), which a list of words cannot hold; "
+                  "write the words alone");
+    }
+  }
+}
+
+std::string typed_phrase(std::string_view text, size_t line, const std::string& where,
+                         ReadingNotes& notes) {
+  std::string phrase = normalize_phrase(text);
+  for (bool again = true; again;) {
+    again = false;
+    for (const auto& [open, close] : kQuotes) {
+      if (phrase.size() <= open.size() + close.size() || !phrase.starts_with(open) ||
+          !phrase.ends_with(close)) {
+        continue;
+      }
+      const std::string_view inside =
+          std::string_view(phrase).substr(open.size(), phrase.size() - open.size() - close.size());
+      if (inside.find(open) != std::string_view::npos ||
+          inside.find(close) != std::string_view::npos || trimmed(inside).empty()) {
+        continue;
+      }
+      notes.understood(line, open.starts_with('*') ? "emphasis left out" : "quotes left out");
+      phrase = normalize_phrase(inside);
+      again = true;
+      break;
+    }
+  }
+  if (phrase.empty()) return phrase;
+  refuse_prompt_syntax(phrase, where);
+  if (!has_words(phrase)) {
+    throw Error(where + ": " + in_quotes(phrase) + " is punctuation alone; write a word");
+  }
+  const auto count = [&](std::string_view mark) {
+    size_t found = 0;
+    for (size_t at = phrase.find(mark); at != std::string::npos; at = phrase.find(mark, at + 1)) {
+      ++found;
+    }
+    return found;
+  };
+  // "steins;gate" is a name.
+  if (count("; ") > 0 || count(";") > 1 || count("；") > 0) {
+    throw Error(where + ": " + in_quotes(phrase) +
+                " holds several phrases between semicolons; write each on a line of its own");
+  }
+  if (std::any_of(kCommas.begin(), kCommas.end(), [&](auto mark) { return count(mark) > 0; })) {
+    notes.doubt(line, in_quotes(phrase) +
+                          " is read as one phrase, commas and all; write each on a line of its own "
+                          "if these are several");
+  } else if (phrase.starts_with('(') && phrase.ends_with(')')) {
+    notes.doubt(line, in_quotes(phrase) + " is read with its parentheses");
+  }
+  return phrase;
+}
+
+std::optional<ArrowPlace> find_arrow(std::string_view text, const std::string& where) {
+  const auto turned = [&](std::string_view found) {
+    return Error(where + ": cannot tell what " + in_quotes(found) +
+                 " means; write it as: target -> anchor");
+  };
+  size_t stroke = std::string_view::npos;  // where a run of strokes begins
+  for (size_t i = 0; i < text.size();) {
+    const std::string_view rest = text.substr(i);
+    const auto [bytes, code] = first_character(rest);
+    if (bytes == 0) return std::nullopt;
+    if (is_other_arrow(code)) throw turned(rest.substr(0, bytes));
+    if (is_right_arrow(code)) {
+      size_t size = bytes;
+      if (text.substr(i + size).starts_with("\xEF\xB8\x8F")) size += 3;  // "as emoji"
+      return ArrowPlace{i, size};
+    }
+    if (!prefix_in(rest, kStrokes).empty()) {
+      if (stroke == std::string_view::npos) stroke = i;
+      i += bytes;
+      continue;
+    }
+    if (const std::string_view head = prefix_in(rest, kHeads); !head.empty()) {
+      if (stroke != std::string_view::npos) {
+        if (stroke > 0 && text[stroke - 1] == '<') throw turned(text.substr(stroke - 1));
+        size_t end = i;
+        for (std::string_view more = head; !more.empty();
+             more = prefix_in(text.substr(end), kHeads)) {
+          end += more.size();
+        }
+        return ArrowPlace{stroke, end - stroke};
+      }
+      if (i > 0 && text[i - 1] == ' ' && text.substr(i + head.size()).starts_with(' ')) {
+        throw turned(trimmed(head));
+      }
+    }
+    if (stroke != std::string_view::npos && stroke > 0 && text[stroke - 1] == '<') {
+      throw turned(text.substr(stroke - 1, i - stroke + 1));
+    }
+    stroke = std::string_view::npos;
+    i += bytes;
+  }
+  return std::nullopt;
+}
+
+std::vector<TypedPhrase> typed_phrases(std::string_view text, const std::string& list,
+                                       ReadingNotes& notes) {
+  const std::string body = list_body(text, list, notes);
+  std::vector<TypedPhrase> phrases;
+  const auto add = [&](const std::string& said, size_t number, const std::string& where) {
+    refuse_prompt_syntax(said, where);
+    if (find_arrow(said, where) || said.find('|') != std::string::npos ||
+        said.find("｜") != std::string::npos) {
+      throw Error(where + ": " + in_quotes(said) +
+                  " holds an arrow or '|'; write one phrase a line, and nothing else");
+    }
+    std::string phrase = typed_phrase(said, number, where, notes);
+    if (!phrase.empty()) phrases.push_back({number, std::move(phrase)});
+  };
+  if (is_json_object(body)) {
+    throw Error(list + " is a JSON object; write one phrase a line, or paste it into 'concepts'");
+  }
+  if (!is_json_list(body)) {
+    for (const TypedLine& line : typed_lines(body, list, notes)) {
+      add(line.text, line.number, list + ", line " + std::to_string(line.number));
+    }
+    return phrases;
+  }
+  const nlohmann::json values = parse_json(body, list, {.depth = 2, .values = 20'000});
+  for (size_t i = 0; i < values.size(); ++i) {
+    const std::string where = list + ", item " + std::to_string(i + 1);
+    if (!values[i].is_string()) throw Error(where + " of the JSON must be text");
+    add(values[i].get<std::string>(), i + 1, where);
+  }
+  notes.understood(1, "a JSON list, read as phrases");
+  return phrases;
+}
+
+}  // namespace lacuna
