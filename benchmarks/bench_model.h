@@ -54,7 +54,7 @@ class BenchModel : public Denoiser {
     for (const auto& [rows, count] : shape.matrices) {
       for (int64_t i = 0; i < count; ++i) {
         const std::string name = std::to_string(rows) + "." + std::to_string(i);
-        projections_.push_back({name, name, i % 2 ? ProjectionRole::kValue : ProjectionRole::kKey});
+        projections_.push_back({name, name, i % 2 ? EntryRole::kValue : EntryRole::kKey});
         weights_[name] = at::randn({rows, shape.width}) * 0.03;
       }
     }
@@ -62,7 +62,7 @@ class BenchModel : public Denoiser {
   std::string family() override { return "benchmark"; }
   std::string fingerprint() override { return ""; }
   bool patchable() override { return true; }
-  std::vector<AttentionProjection> cross_attention() override { return projections_; }
+  std::vector<TextEntry> text_entries() override { return projections_; }
   at::Tensor effective_weight(const std::string& name) override { return weights_.at(name); }
   std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>& deltas,
                                                double strength) override {
@@ -90,7 +90,7 @@ class BenchModel : public Denoiser {
 
  private:
   static Error unused() { return Error("not part of this benchmark"); }
-  std::vector<AttentionProjection> projections_;
+  std::vector<TextEntry> projections_;
   std::map<std::string, at::Tensor> weights_;
 };
 

@@ -22,10 +22,10 @@
 #include <vector>
 
 #include "bench_model.h"
-#include "lacuna/closed_form/attention_projection.h"
 #include "lacuna/closed_form/lora_export.h"
 #include "lacuna/closed_form/low_rank.h"
 #include "lacuna/closed_form/refinement.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/error.h"
 
 namespace {
@@ -123,7 +123,7 @@ json run(const std::string& family, int64_t concepts) {
   SilentProgress progress;
   RefinementOptions options;
   options.regularization = kLambda;
-  const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, shape.width);
+  const auto projections = edited_entries(model, EditedMatrices::kKeyAndValue, shape.width);
 
   json out;
   const double before_mb = peak_mb();
@@ -146,7 +146,7 @@ json run(const std::string& family, int64_t concepts) {
   const double patch_s = timed([&] { map = text_map(refinement.delta, projections); });
   const double lora_s = timed([&] {
     const LoraLimits limits{256, 0.01};
-    const at::Tensor rows = projection_rows(model, projections, progress);
+    const at::Tensor rows = entry_rows(model, projections, progress);
     const SharedFactorization factors(refinement.delta, rows, limits.rank, progress,
                                       limits.left_out);
     lora = export_lora(model, projections, refinement.delta, factors, limits, 1.0, progress);

@@ -71,7 +71,7 @@ json run(const std::string& family, int64_t concepts) {
   at::manual_seed(1);
   BenchModel model(shape);
   std::vector<WeightDelta> deltas;
-  for (const AttentionProjection& projection : model.cross_attention()) {
+  for (const TextEntry& projection : model.text_entries()) {
     const at::Tensor weight = model.effective_weight(projection.name);
     deltas.push_back(
         {projection.name, 0.01 * at::randn({weight.size(0), 64}), at::randn({64, weight.size(1)})});

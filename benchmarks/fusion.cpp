@@ -14,9 +14,9 @@
 #include <vector>
 
 #include "bench_model.h"
-#include "lacuna/closed_form/attention_projection.h"
 #include "lacuna/closed_form/lora_export.h"
 #include "lacuna/closed_form/low_rank.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/training/fusion.h"
 
 namespace {
@@ -65,7 +65,7 @@ std::shared_ptr<const ConceptLora> draw(int64_t index, BenchModel& model,
   item->prompt_gram = gram.to(at::kFloat);
   // Only mode 'joint' reads it; a bundle holds it all the same.
   item->refinement_gram = item->prompt_gram.clone();
-  for (const AttentionProjection& projection : model.cross_attention()) {
+  for (const TextEntry& projection : model.text_entries()) {
     const int64_t rows = model.effective_weight(projection.name).size(0);
     item->pairs[projection.lora_name] = {at::randn({rows, 1}) * 5e-3, at::randn({1, kWidth})};
   }
@@ -79,7 +79,7 @@ json run(int64_t concepts) {
   SilentProgress progress;
   const FusionOptions options;
   const KeptText kept{20.0 * embeddings.gram(kPrompts), embeddings.gram(100)};
-  const auto projections = model.cross_attention();
+  const auto projections = model.text_entries();
   const double before_mb = resident_mb();
 
   std::vector<std::shared_ptr<const ConceptLora>> items;
@@ -93,7 +93,7 @@ json run(int64_t concepts) {
   const double solve_s = timed([&] { fusion = sums.solve(kept, options, {}, progress); });
   LoraExport lora;
   const double patch_s = timed([&] {
-    const at::Tensor rows = projection_rows(model, projections, progress);
+    const at::Tensor rows = entry_rows(model, projections, progress);
     const SharedFactorization factors(fusion.patch.delta, rows, 2 * kLoraRank, progress);
     lora = export_lora(model, projections, fusion.patch, factors, {kLoraRank}, 1.0, progress);
   });

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nodes/attention_refine_node.h"
 
+#include <ATen/ops/matmul.h>
+
 #include <cmath>
 
-#include "lacuna/closed_form/attention_projection.h"
 #include "lacuna/closed_form/erasure_patch.h"
 #include "lacuna/closed_form/lora_export.h"
 #include "lacuna/closed_form/low_rank.h"
+#include "lacuna/closed_form/pooled_text.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/files/text.h"
 #include "nodes/common_inputs.h"
 #include "nodes/edit_report.h"
@@ -79,6 +82,11 @@ std::string report(const Refinement& refinement, const LoraExport& lora, double 
   text += "\nLoRA: rank " + std::to_string(lora.rank) +
           format_numbers(", leaves out %.3g %% of the edit.", 100 * lora.residual);
   return text;
+}
+
+std::string pooled_report(const LoraExport& lora) {
+  return "\nPooled text: edited, in the LoRA with rank " + std::to_string(lora.rank) +
+         format_numbers(", which leaves out %.3g %%.", 100 * lora.residual);
 }
 
 }  // namespace
@@ -195,6 +203,15 @@ const NodeSchema& AttentionRefineNode::schema() const {
                .options = {"auto", "weights", "conditioning"}},
               lora_rank_input(),
               lora_rank_limit_input(),
+              {.id = "pooled_text",
+               .display_name = "pooled text",
+               .type = socket::kBoolean,
+               .tooltip =
+                   "SDXL also reads one vector of the whole prompt, beside cross-attention: edit "
+                   "that, too. Takes as long again to read the text. LoRA Fuse does not pass it "
+                   "on; other models have none, and nothing changes.",
+               .advanced = true,
+               .default_value = false},
           },
       .outputs =
           {{"model", "model", socket::kModel, "The model without the concepts."},
@@ -225,18 +242,19 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
   // Everything that can be refused is refused before the first prompt is encoded.
   lacuna::check(options);
   lacuna::validate(concepts);
-  const std::vector<AttentionProjection> projections =
-      edited_projections(*model, options.matrices, clip->width());
+  const std::vector<TextEntry> projections =
+      edited_entries(*model, options.matrices, clip->width());
   if (apply_as == "weights" && !model->patchable()) {
     throw Error(
         "this model's weights are packed and cannot be patched exactly; set 'apply as' to "
         "conditioning");
   }
   check_phrases(*clip, concepts);
-  const at::Tensor rows = projection_rows(*model, projections, progress);
-  const at::Tensor gram = options.adversarial_rounds > 0
-                              ? projection_gram(*model, projections, progress)
-                              : at::Tensor();
+  const std::vector<TextEntry> pooled =
+      inputs.boolean("pooled_text") ? pooled_entries(*model) : std::vector<TextEntry>();
+  const at::Tensor rows = entry_rows(*model, projections, progress);
+  const at::Tensor gram =
+      options.adversarial_rounds > 0 ? entry_gram(*model, projections, progress) : at::Tensor();
 
   auto cache = cache_.borrow(kRefineCacheBytes);
   const RefinementProblem problem = collect_problem(*clip, concepts, options, &*cache, progress);
@@ -250,9 +268,25 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
   const LoraExport lora =
       export_lora(*model, projections, refinement.delta, factors, limits, strength, progress);
 
+  std::vector<TextMap> maps{text_map(refinement.delta, projections)};
+  std::string pooled_line;
+  LoraTensors tensors = lora.tensors;
+  if (!pooled.empty()) {
+    const RowFit fit = fit_pooled(*clip, concepts, options, progress);
+    const at::Tensor delta = fit.in.defined() ? at::matmul(fit.out, fit.in) : fit.out;
+    const SharedFactorization pooled_factors(delta, entry_rows(*model, pooled, progress),
+                                             limits.rank, progress, limits.left_out);
+    const LoraExport pooled_lora =
+        export_lora(*model, pooled, delta, pooled_factors, limits, strength, progress);
+    tensors.insert(pooled_lora.tensors.begin(), pooled_lora.tensors.end());
+    maps.push_back(text_map(delta, pooled));
+    pooled_line = pooled_report(pooled_lora);
+  } else if (inputs.boolean("pooled_text")) {
+    pooled_line = "\nPooled text: this model (" + model->family() + ") reads none.";
+  }
+
   const bool packed = !model->patchable();
   const bool as_weights = apply_as == "weights" || (apply_as == "auto" && !packed);
-  const std::vector<TextMap> maps{text_map(refinement.delta, projections)};
   std::shared_ptr<Denoiser> erased =
       as_weights ? model->with_weight_maps(maps, strength) : model->with_input_maps(maps, strength);
 
@@ -264,9 +298,10 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
                                        : AppliedTo::kConditioning;
   std::string text =
       report(refinement, lora, strength * factors.edit_norm() / original_norm, strength, to);
+  text += pooled_line;
   result.text = {text};
   result.outputs = {std::move(erased), std::make_shared<const Refinement>(std::move(refinement)),
-                    std::make_shared<const LoraTensors>(lora.tensors), std::move(text)};
+                    std::make_shared<const LoraTensors>(std::move(tensors)), std::move(text)};
   return result;
 }
 

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "lacuna/closed_form/attention_projection.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/error.h"
 #include "lacuna/files/random_stream.h"
 #include "lacuna/files/text.h"
@@ -119,7 +119,7 @@ void check_bundle(const LoraBundle& bundle, Denoiser& model, TextEncoder& encode
 // The model as training sees it: base weights and what LoRAs before the node made of them.
 std::string fingerprint_of(Denoiser& model, TextEncoder& encoder, Progress& progress) {
   uint64_t hash = 0;
-  for (const AttentionProjection& projection : model.cross_attention()) {
+  for (const TextEntry& projection : cross_attention(model)) {
     progress.check();
     const at::Tensor weight =
         model.effective_weight(projection.name).detach().to(at::kCPU, at::kFloat).contiguous();

@@ -9,9 +9,9 @@
 #include <sstream>
 #include <utility>
 
-#include "lacuna/closed_form/attention_projection.h"
 #include "lacuna/closed_form/lora_export.h"
 #include "lacuna/closed_form/low_rank.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/concepts/typed_list.h"
 #include "lacuna/error.h"
 #include "lacuna/files/text.h"
@@ -330,8 +330,8 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   const LoraLimits limits = lora_limits(inputs);
 
   // Everything that can be refused is refused before the first prompt is encoded.
-  const std::vector<AttentionProjection> projections =
-      edited_projections(*model, EditedMatrices::kKeyAndValue, clip->width());
+  const std::vector<TextEntry> projections =
+      edited_entries(*model, EditedMatrices::kKeyAndValue, clip->width());
   if (!model->patchable()) {
     throw Error(
         "this model's weights are packed (GGUF, 4-bit) and cannot carry LoRAs exactly; load "
@@ -364,7 +364,7 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   ConceptSet preserved;
   preserved.preserve = bundle.preserve;
   check_phrases(*clip, preserved);
-  const at::Tensor rows = projection_rows(*model, projections, progress);
+  const at::Tensor rows = entry_rows(*model, projections, progress);
 
   std::vector<std::string> erased;
   for (const auto& item : bundle.concepts) {

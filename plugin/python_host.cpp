@@ -119,14 +119,18 @@ class PythonDenoiser final : public Denoiser {
   }
   bool patchable() override { return handle_.attribute<bool>("patchable"); }
 
-  std::vector<AttentionProjection> cross_attention() override {
-    using Entry = std::tuple<std::string, std::string, std::string>;
-    std::vector<AttentionProjection> projections;
-    for (auto& [name, lora_name, role] : handle_.call<std::vector<Entry>>("cross_attention")) {
-      projections.push_back({std::move(name), std::move(lora_name),
-                             role == "key" ? ProjectionRole::kKey : ProjectionRole::kValue});
+  std::vector<TextEntry> text_entries() override {
+    using Entry = std::tuple<std::string, std::string, std::string, std::string, int64_t, int64_t>;
+    std::vector<TextEntry> entries;
+    for (auto& [name, lora_name, role, stream, first, columns] :
+         handle_.call<std::vector<Entry>>("text_entries")) {
+      entries.push_back({std::move(name), std::move(lora_name),
+                         role == "key"     ? EntryRole::kKey
+                         : role == "value" ? EntryRole::kValue
+                                           : EntryRole::kInput,
+                         std::move(stream), first, columns});
     }
-    return projections;
+    return entries;
   }
 
   at::Tensor effective_weight(const std::string& name) override {
@@ -194,7 +198,11 @@ class PythonDenoiser final : public Denoiser {
     py::gil_scoped_acquire gil;
     py::list list;
     for (const TextMap& map : maps) {
-      list.append(py::make_tuple(map.entries, map.out, optional(map.in)));
+      py::list entries;
+      for (const TextEntry& entry : map.entries) {
+        entries.append(py::make_tuple(entry.name, entry.first_column, entry.columns));
+      }
+      list.append(py::make_tuple(entries, map.out, optional(map.in)));
     }
     return wrap_denoiser(handle_.call<py::object>(method, list, strength));
   }

@@ -56,11 +56,13 @@ from .fingerprint import Identity, fingerprint, identify
 log = logging.getLogger(__name__)
 
 Delta = tuple[str, torch.Tensor, torch.Tensor | None]
-# weights that read x, and x <- x + strength * x @ (out @ inner).T; out alone when inner is None
-TextMap = tuple[list[str], torch.Tensor, torch.Tensor | None]
+# (weight, first column, columns; 0: all) that read x, and x <- x + strength * x @ (out @ inner).T;
+# out alone when inner is None
+TextMap = tuple[list[tuple[str, int, int]], torch.Tensor, torch.Tensor | None]
 Tap = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 _FAMILIES = {"SD15": "SD1.x", "SD20": "SD2.x", "SDXL": "SDXL", "SDXLRefiner": "SDXL refiner"}
+_POOLED = "diffusion_model.label_emb.0.0.weight"
 _CROSS_ATTENTION = re.compile(
     r"(diffusion_model\.(input|middle|output)_blocks?(?:\.(\d+))?\.1"
     r"\.transformer_blocks\.(\d+)\.attn2)\.to_([kv])\.weight"
@@ -312,6 +314,19 @@ class ComfyDenoiser:
             for name in self._names
         ]
 
+    def text_entries(self) -> list[tuple[str, str, str, str, int, int]]:
+        """What reads text: weight, LoRA name, role, stream, first column and columns (0: all)."""
+        entries = [(*each, "context", 0, 0) for each in self.cross_attention()]
+        model = self.patcher.model
+        if entries and isinstance(model, SDXL):
+            # [pooled vector, sizes]; the refiner's is refused before
+            weight = model.state_dict()[_POOLED]
+            sizes = 6 * model.embedder.dim
+            entries.append(
+                (_POOLED, _kohya(_POOLED), "input", "pooled", 0, weight.shape[1] - sizes)
+            )
+        return entries
+
     @cached_property
     def _lora_names(self) -> dict[str, str]:
         """SD1.x and SD2.x LoRAs use diffusers' block names, SDXL ones those of the checkpoint."""
@@ -385,16 +400,19 @@ class ComfyDenoiser:
         if strength == 0.0:
             return ComfyDenoiser(patcher)
         for entries, out, inner in maps:
-            self._require(entries)
+            self._require([name for name, _, _ in entries])
             shared = tuple(None if t is None else t.detach().cpu() for t in (out, inner))
-            patches = {name: _TextMapAdapter({name}, shared) for name in entries}
+            patches = {
+                name: _TextMapAdapter({name}, (*shared, (first, columns)))
+                for name, first, columns in entries
+            }
             patcher.add_patches(patches, strength)
         return ComfyDenoiser(patcher)
 
     def with_input_maps(self, maps: Sequence[TextMap], strength: float) -> ComfyDenoiser:
         patcher = self.patcher.clone()
         for entries, out, inner in maps if strength != 0.0 else ():
-            self._require(entries)
+            self._require([name for name, _, _ in entries])
             patcher.add_wrapper_with_key(
                 comfy.patcher_extension.WrappersMP.APPLY_MODEL,
                 "lacuna",
@@ -644,16 +662,16 @@ def _kohya(name: str) -> str:
 
 
 class _TextMapAdapter(WeightAdapterBase):
-    """W <- W + strength * W @ delta, one delta for all weights that read the same text.
+    """W <- W + strength * W @ delta in the columns that read text, one delta for all such weights.
 
     Merged by the host like a LoRA: on the weight's device, after the patches before it.
     """
 
     name = "lacuna_text_map"
 
-    def __init__(self, loaded_keys: set[str], weights: tuple[torch.Tensor | None, ...]) -> None:
+    def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]) -> None:
         self.loaded_keys = loaded_keys
-        self.weights = weights  # out, inner
+        self.weights = weights  # out, inner, (first column, columns; 0: all)
 
     def calculate_weight(
         self,
@@ -666,12 +684,14 @@ class _TextMapAdapter(WeightAdapterBase):
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: Any = None,
     ) -> torch.Tensor:
-        change = weight.float()  # in half precision the product would be worth less than the edit
-        for factor in self.weights:
+        *factors, (first, columns) = self.weights
+        reads = weight[:, first : first + columns] if columns else weight[:, first:]
+        change = reads.float()  # in half precision the product would be worth less than the edit
+        for factor in factors:
             if factor is not None:
                 cast = comfy.model_management.cast_to_device(factor, weight.device, torch.float32)
                 change = change @ cast
-        weight += function((strength * change).to(weight.dtype))
+        reads += function((strength * change).to(weight.dtype))
         return weight
 
 
@@ -680,12 +700,13 @@ class _InputMap:
 
     def __init__(
         self,
-        entries: Sequence[str],
+        entries: Sequence[tuple[str, int, int]],
         out: torch.Tensor,
         inner: torch.Tensor | None,
         strength: float,
     ) -> None:
-        self._modules = [name.removesuffix(".weight") for name in entries]
+        self._modules = [name.removesuffix(".weight") for name, _, _ in entries]
+        self._first = entries[0][1]
         self._factors = [t.detach().float().cpu().T for t in (inner, out) if t is not None]
         self._strength = strength
 
@@ -698,10 +719,13 @@ class _InputMap:
         def mapped(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
             text = inputs[0]
             if not seen or seen[0] is not text:
-                change = text.float()
+                first, width = self._first, self._factors[0].shape[0]
+                change = text[..., first : first + width].float()
                 for factor in self._factors:
                     change = change @ leave_inference_mode(factor).to(text.device)
-                seen[:] = [text, (text.float() + self._strength * change).to(text.dtype)]
+                rest = text.shape[-1] - first - width
+                change = torch.nn.functional.pad(self._strength * change, (first, rest))
+                seen[:] = [text, (text.float() + change).to(text.dtype)]
             return (seen[1], *inputs[1:])
 
         model = executor.class_obj

@@ -30,8 +30,9 @@ from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
 log = logging.getLogger(__name__)
 
 Tap = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-# weights that read x, and x <- x + strength * x @ (out @ inner).T; out alone when inner is None
-TextMap = tuple[list[str], torch.Tensor, torch.Tensor | None]
+# (weight, first column, columns; 0: all) that read x, and x <- x + strength * x @ (out @ inner).T;
+# out alone when inner is None
+TextMap = tuple[list[tuple[str, int, int]], torch.Tensor, torch.Tensor | None]
 
 
 class DiffusersTextEncoder:
@@ -212,6 +213,10 @@ class DiffusersDenoiser:
     def cross_attention(self) -> list[tuple[str, str, str]]:
         return list(self._base.cross_attention)
 
+    def text_entries(self) -> list[tuple[str, str, str, str, int, int]]:
+        """What reads text: weight, LoRA name, role, stream, first column and columns (0: all)."""
+        return [(*each, "context", 0, 0) for each in self.cross_attention()]
+
     def weight_names(self) -> dict[str, torch.Size]:
         """Every weight that a LoRA may change, with its shape."""
         return {name: weight.shape for name, weight in self._base.weights.items()}
@@ -258,7 +263,7 @@ class DiffusersDenoiser:
                 of_weight=True,
             )
             for entries, out, inner in maps
-            for name in entries
+            for name, _, _ in entries
         )
         return replace(self, _changes=self._changes + added)
 
@@ -268,7 +273,7 @@ class DiffusersDenoiser:
             return self
         added = tuple(
             _InputMap(
-                tuple(entries),
+                tuple(name for name, _, _ in entries),
                 tuple(t.detach().T for t in (inner, out) if t is not None),
                 float(strength),
             )
@@ -279,7 +284,7 @@ class DiffusersDenoiser:
     def _check(self, maps: Sequence[TextMap]) -> None:
         for entries, out, inner in maps:
             reads = (out if inner is None else inner).shape[-1]
-            for name in entries:
+            for name, _, _ in entries:  # SD1.x: text fills every column of what reads it
                 width = self._weight(name).shape[-1]
                 if (out.shape[0], reads) != (width, width):
                     raise HostError(

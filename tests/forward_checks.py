@@ -216,8 +216,9 @@ def check_exceptions(
 
 def sided(denoiser: Any, key: torch.Tensor | None, value: torch.Tensor | None) -> list[Any]:
     """Maps for the keys and the values of all cross-attention layers; None leaves a side alone."""
+    layers = denoiser.cross_attention()
     return [
-        ([name for name, _, kind in denoiser.cross_attention() if kind == role], delta, None)
+        ([(name, 0, 0) for name, _, kind in layers if kind == role], delta, None)
         for role, delta in (("key", key), ("value", value))
         if delta is not None
     ]

@@ -6,7 +6,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <algorithm>
 
-#include "lacuna/closed_form/attention_projection.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/error.h"
 #include "lacuna/training/attention_mask.h"
 #include "support/fake_host.h"
@@ -82,9 +82,9 @@ class AttentionTapTest : public testing::DeviceTest {
 
   ConceptPairs random_pairs(double up_scale, int64_t rank = 2) {
     ConceptPairs pairs;
-    for (const AttentionProjection& projection : model_.projections_) {
+    for (const TextEntry& projection : model_.projections_) {
       LayerPairs& layer = pairs[layer_of(projection)];
-      LoraPair& pair = projection.role == ProjectionRole::kKey ? layer.key : layer.value;
+      LoraPair& pair = projection.role == EntryRole::kKey ? layer.key : layer.value;
       pair.up = (up_scale * at::randn({model_.weights_.at(projection.name).size(0), rank}))
                     .to(type_)
                     .requires_grad_();
@@ -219,9 +219,9 @@ TEST_P(AttentionTapTest, ReturnsPlainAttentionWithTheMergedLora) {
   LoraTap tap({random_sample(pairs)}, pass.text.context, kLatent, kLatent, progress_);
   const at::Tensor tapped = model_.denoise(pass, &tap).detach();
   std::vector<WeightDelta> deltas;
-  for (const AttentionProjection& projection : model_.projections_) {
+  for (const TextEntry& projection : model_.projections_) {
     const LayerPairs& layer = pairs.at(layer_of(projection));
-    const LoraPair& pair = projection.role == ProjectionRole::kKey ? layer.key : layer.value;
+    const LoraPair& pair = projection.role == EntryRole::kKey ? layer.key : layer.value;
     deltas.push_back({projection.name, pair.up.detach(), pair.down.detach()});
   }
   const at::Tensor merged = model_.with_weight_deltas(deltas, 1.0)->denoise(pass, nullptr);
@@ -266,8 +266,8 @@ TEST_P(AttentionTapTest, CapturesTheMaskedQueriesOfEveryLayer) {
   const auto inside = resize_nearest(sample.mask, kLatent, kLatent).gt(0).sum().item<int64_t>();
   ASSERT_EQ(tap.captured().size(), static_cast<size_t>(kLayers));
   at::Tensor sum = at::zeros({}, at::kDouble);
-  for (const AttentionProjection& projection : model_.projections_) {
-    if (projection.role != ProjectionRole::kKey) continue;
+  for (const TextEntry& projection : model_.projections_) {
+    if (projection.role != EntryRole::kKey) continue;
     const CapturedQueries& layer = tap.captured().at(layer_of(projection));
     EXPECT_EQ(layer.queries[0].size(0), inside);
     EXPECT_FALSE(layer.queries[0].requires_grad());

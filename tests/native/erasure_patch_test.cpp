@@ -11,8 +11,8 @@ namespace {
 using testing::random_matrix;
 using testing::relative_difference;
 
-const AttentionProjection kKey{"k.weight", "lora_unet_k", ProjectionRole::kKey};
-const AttentionProjection kValue{"v.weight", "lora_unet_v", ProjectionRole::kValue};
+const TextEntry kKey{"k.weight", "lora_unet_k", EntryRole::kKey};
+const TextEntry kValue{"v.weight", "lora_unet_v", EntryRole::kValue};
 
 class ErasurePatchTest : public testing::DeviceTest {
  protected:

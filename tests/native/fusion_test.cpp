@@ -26,8 +26,8 @@ using testing::random_matrix;
 using testing::relative_difference;
 
 constexpr int64_t kWidth = 20;
-const AttentionProjection kKey{"k", "lora_k", ProjectionRole::kKey};
-const AttentionProjection kValue{"v", "lora_v", ProjectionRole::kValue};
+const TextEntry kKey{"k", "lora_k", EntryRole::kKey};
+const TextEntry kValue{"v", "lora_v", EntryRole::kValue};
 const std::map<std::string, int64_t> kRows{{"lora_k", 6}, {"lora_v", 9}};
 
 class FusionInvariants : public testing::SeededTest {
@@ -54,11 +54,10 @@ class FusionInvariants : public testing::SeededTest {
     return sums.solve(kept_, options_, strengths, progress_);
   }
   // W*, [out, d] float64.
-  static at::Tensor edited(const Fusion& fusion, const AttentionProjection& projection,
-                           const at::Tensor& w) {
+  static at::Tensor edited(const Fusion& fusion, const TextEntry& projection, const at::Tensor& w) {
     return w + weight_change(fusion.patch, projection, w);
   }
-  static at::Tensor lora(const Item& one, const AttentionProjection& projection) {
+  static at::Tensor lora(const Item& one, const TextEntry& projection) {
     const LoraPair& pair = one->pairs.at(projection.lora_name);
     return at::matmul(pair.up, pair.down);
   }
@@ -76,7 +75,7 @@ class FusionInvariants : public testing::SeededTest {
     return s;
   }
   // The normal equations of the objective, solved densely.
-  at::Tensor oracle(const Items& list, const AttentionProjection& projection, const at::Tensor& w,
+  at::Tensor oracle(const Items& list, const TextEntry& projection, const at::Tensor& w,
                     const ConceptStrengths& strengths = {}) {
     at::Tensor numerator = at::matmul(w, kept_gram());
     at::Tensor h = kept_gram();
@@ -113,7 +112,7 @@ TEST_F(FusionInvariants, EqualsTheDenseLeastSquaresSolutionOfEveryMatrix) {
   const ConceptStrengths strengths{{"c1", 0.4}, {"C3", 1.7}};
   const ConceptStrengths named{{"c1", 0.4}, {"c3", 1.7}};
   const Fusion fusion = solve(list, strengths);
-  for (const AttentionProjection& projection : {kKey, kValue}) {
+  for (const TextEntry& projection : {kKey, kValue}) {
     const at::Tensor w = random_matrix(kRows.at(projection.lora_name), kWidth);
     EXPECT_LT(
         relative_difference(edited(fusion, projection, w), oracle(list, projection, w, named)),

@@ -228,7 +228,7 @@ TEST_F(LoraBundleTest, MergeKeepsEveryConceptAndPhraseOnce) {
 TEST_F(LoraBundleTest, FitsOnlyItsOwnModelAndEncoder) {
   testing::FakeDenoiser model(3, kWidth);
   testing::FakeTextEncoder encoder(kWidth);
-  const auto projections = model.cross_attention();
+  const auto projections = model.text_entries();
   LoraBundle good = bundle();
   EXPECT_NO_THROW(check_fits(good, model, encoder, projections));
   LoraBundle other = good;
@@ -269,7 +269,7 @@ TEST_F(LoraBundleTest, FitsOnlyItsOwnModelAndEncoder) {
   wide.fingerprint_ = "";
   refuse([&] { check_fits(good, model, wide, projections); }, "width 16");
   testing::FakeDenoiser shallow(1, kWidth);
-  refuse([&] { check_fits(good, shallow, encoder, shallow.cross_attention()); },
+  refuse([&] { check_fits(good, shallow, encoder, shallow.text_entries()); },
          "lora_unet_layer_1_to_k");
 }
 

@@ -21,14 +21,14 @@ constexpr int64_t kWidth = 40;
 class PairExportTest : public testing::DeviceTest {
  protected:
   PairExportTest() : model_(8, kWidth, device()) {
-    projections_ = edited_projections(model_, EditedMatrices::kKeyAndValue, kWidth);
-    rows_ = projection_rows(model_, projections_, progress_);
+    projections_ = edited_entries(model_, EditedMatrices::kKeyAndValue, kWidth);
+    rows_ = entry_rows(model_, projections_, progress_);
   }
   // Pairs of `rank` for the projections; about as large as W times a matrix of unit entries.
   ErasurePatch patch(const at::Tensor& delta, int64_t rank) {
     ErasurePatch patch;
     patch.delta = delta;
-    for (const AttentionProjection& projection : projections_) {
+    for (const TextEntry& projection : projections_) {
       patch.pairs[projection.lora_name] = {
           random_matrix(model_.effective_weight(projection.name).size(0), rank),
           5.0 * random_matrix(kWidth, rank)};
@@ -38,11 +38,11 @@ class PairExportTest : public testing::DeviceTest {
   SharedFactorization factors(const at::Tensor& delta, int64_t max_rank = kWidth) {
     return SharedFactorization(delta, rows_, max_rank, progress_);
   }
-  at::Tensor expected(const ErasurePatch& patch, const AttentionProjection& projection) {
+  at::Tensor expected(const ErasurePatch& patch, const TextEntry& projection) {
     return weight_change(patch, projection,
                          model_.effective_weight(projection.name).cpu().to(at::kDouble));
   }
-  static at::Tensor product(const LoraExport& lora, const AttentionProjection& projection) {
+  static at::Tensor product(const LoraExport& lora, const TextEntry& projection) {
     const at::Tensor up = lora.tensors.at(projection.lora_name + ".lora_up.weight");
     const at::Tensor down = lora.tensors.at(projection.lora_name + ".lora_down.weight");
     EXPECT_EQ(up.scalar_type(), at::kHalf);
@@ -53,7 +53,7 @@ class PairExportTest : public testing::DeviceTest {
   // Relative distance of the LoRA to the patch over all projections.
   double distance(const LoraExport& lora, const ErasurePatch& patch) {
     double lost = 0.0, whole = 0.0;
-    for (const AttentionProjection& projection : projections_) {
+    for (const TextEntry& projection : projections_) {
       const at::Tensor edit = expected(patch, projection);
       lost += (product(lora, projection) - edit).square().sum().item<double>();
       whole += edit.square().sum().item<double>();
@@ -62,14 +62,14 @@ class PairExportTest : public testing::DeviceTest {
   }
   double norm(const ErasurePatch& patch) {
     double whole = 0.0;
-    for (const AttentionProjection& projection : projections_) {
+    for (const TextEntry& projection : projections_) {
       whole += expected(patch, projection).square().sum().item<double>();
     }
     return std::sqrt(whole);
   }
 
   FakeDenoiser model_;
-  std::vector<AttentionProjection> projections_;
+  std::vector<TextEntry> projections_;
   at::Tensor rows_;
   SilentProgress progress_;
 };
@@ -85,7 +85,7 @@ TEST_P(PairExportTest, ExactWhereTheRankAllows) {
     EXPECT_EQ(lora.residual, 0.0);
     EXPECT_EQ(lora.tensors.size(), 3 * projections_.size());
     EXPECT_NEAR(lora.edit_norm / (strength * norm(edit)), 1.0, 1e-6);
-    for (const AttentionProjection& projection : projections_) {
+    for (const TextEntry& projection : projections_) {
       EXPECT_LT(
           relative_difference(product(lora, projection), strength * expected(edit, projection)),
           2e-3);
@@ -117,7 +117,7 @@ TEST_P(PairExportTest, ReducedToTheLimitWithATrueResidual) {
       EXPECT_NEAR(lora.edit_norm / norm(edit), 1.0, 1e-5);
       // Not far from the best that any LoRA of this rank could do.
       double best = 0.0;
-      for (const AttentionProjection& projection : projections_) {
+      for (const TextEntry& projection : projections_) {
         const at::Tensor singular = at::linalg_svdvals(expected(edit, projection));
         best += singular.narrow(0, limit, singular.size(0) - limit).square().sum().item<double>();
       }
@@ -157,7 +157,7 @@ TEST_P(PairExportTest, OnTheHostThePatchIsTheEdit) {
     const ErasurePatch edit = patch(delta, rank);
     const auto patched =
         std::dynamic_pointer_cast<FakeDenoiser>(with_patch(model_, projections_, edit, 0.7));
-    for (const AttentionProjection& projection : projections_) {
+    for (const TextEntry& projection : projections_) {
       const at::Tensor w = model_.effective_weight(projection.name).cpu().to(at::kDouble);
       EXPECT_LT(relative_difference(patched->effective_weight(projection.name),
                                     w + 0.7 * expected(edit, projection)),
@@ -171,19 +171,19 @@ TEST_P(PairExportTest, OnlyWhatIsEditedIsExported) {
   const at::Tensor delta = at::matmul(random_matrix(kWidth, 2), random_matrix(2, kWidth));
   ErasurePatch edit = patch(delta, 1);
   edit.matrices = EditedMatrices::kValueOnly;
-  std::vector<AttentionProjection> values;
-  for (const AttentionProjection& projection : projections_) {
-    if (projection.role == ProjectionRole::kValue) values.push_back(projection);
+  std::vector<TextEntry> values;
+  for (const TextEntry& projection : projections_) {
+    if (projection.role == EntryRole::kValue) values.push_back(projection);
     // Keys keep their pair, except the first.
     if (projection.name == "layer.0.to_k") edit.pairs.erase(projection.lora_name);
   }
-  const SharedFactorization value_factors(delta, projection_rows(model_, values, progress_), kWidth,
+  const SharedFactorization value_factors(delta, entry_rows(model_, values, progress_), kWidth,
                                           progress_);
   const LoraExport lora =
       export_lora(model_, projections_, edit, value_factors, {8}, 1.0, progress_);
   EXPECT_EQ(lora.tensors.size(), 3 * (projections_.size() - 1));
   const auto patched = with_patch(model_, projections_, edit, 1.0);
-  for (const AttentionProjection& projection : projections_) {
+  for (const TextEntry& projection : projections_) {
     const at::Tensor w = model_.effective_weight(projection.name).cpu().to(at::kDouble);
     EXPECT_LT(relative_difference(patched->effective_weight(projection.name),
                                   w + expected(edit, projection)),

@@ -8,7 +8,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "lacuna/closed_form/attention_projection.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/concepts/prompt_templates.h"
 #include "lacuna/error.h"
 #include "lacuna/training/adam_w.h"
@@ -156,7 +156,7 @@ TEST_P(LoraTrainerTest, TheLoraDoesInTheWeightsWhatItDidInTraining) {
   options.steps = 20;
   const TrainedConcept done = train({concept_of("owl")}, options)[0];
   std::vector<WeightDelta> deltas;
-  for (const AttentionProjection& projection : model_->projections_) {
+  for (const TextEntry& projection : model_->projections_) {
     const LoraPair& pair = done.lora->pairs.at(projection.lora_name);
     deltas.push_back({projection.name, pair.up.to(device()), pair.down.to(device())});
   }
@@ -236,7 +236,7 @@ TEST_P(LoraTrainerTest, N25_OnlyTheLastValuePairIsNeverTouched) {
   const auto one = train({concept_of("owl")}, options);
   options.steps = 3;
   const auto three = train({concept_of("owl")}, options);
-  for (const AttentionProjection& projection : model_->projections_) {
+  for (const TextEntry& projection : model_->projections_) {
     const bool last = projection.name == "layer.2.to_v.weight" || projection.name == "layer.2.to_v";
     const LoraPair& early = one[0].lora->pairs.at(projection.lora_name);
     const LoraPair& late = three[0].lora->pairs.at(projection.lora_name);
@@ -251,10 +251,10 @@ TEST_P(LoraTrainerTest, CachedTrainsKeysOnlyUnlessValuesAreSuppressed) {
   const auto keys = train({concept_of("owl")}, options);
   options.suppress_value = 1.0;
   const auto both = train({concept_of("owl")}, options);
-  for (const AttentionProjection& projection : model_->projections_) {
+  for (const TextEntry& projection : model_->projections_) {
     const at::Tensor without = keys[0].lora->pairs.at(projection.lora_name).up;
     const LoraPair& with = both[0].lora->pairs.at(projection.lora_name);
-    if (projection.role == ProjectionRole::kKey) {
+    if (projection.role == EntryRole::kKey) {
       EXPECT_GT(without.abs().max().item<double>(), 0.0);
     } else {
       EXPECT_EQ(without.abs().max().item<double>(), 0.0);

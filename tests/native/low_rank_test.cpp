@@ -86,8 +86,8 @@ TEST_P(LowRankTest, NoEditHasNoResidual) {
 
 TEST_P(LowRankTest, LoraReproducesThePatchToHalfPrecision) {
   FakeDenoiser model(3, 16, device());
-  const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 16);
-  const at::Tensor rows = projection_rows(model, projections, progress_);
+  const auto projections = edited_entries(model, EditedMatrices::kKeyAndValue, 16);
+  const at::Tensor rows = entry_rows(model, projections, progress_);
   // Components of very different size: half precision must not lose the small ones.
   const at::Tensor delta =
       1e-3 * at::outer(random_matrix(16, 1).squeeze(1), random_matrix(16, 1).squeeze(1)) +
@@ -99,7 +99,7 @@ TEST_P(LowRankTest, LoraReproducesThePatchToHalfPrecision) {
     EXPECT_EQ(lora.rank, 2);
     EXPECT_LT(lora.residual, 1e-6);
     EXPECT_EQ(lora.tensors.size(), 3 * projections.size());
-    for (const AttentionProjection& projection : projections) {
+    for (const TextEntry& projection : projections) {
       const at::Tensor up = lora.tensors.at(projection.lora_name + ".lora_up.weight");
       const at::Tensor down = lora.tensors.at(projection.lora_name + ".lora_down.weight");
       EXPECT_EQ(lora.tensors.at(projection.lora_name + ".alpha").item<double>(), 2.0);
@@ -120,8 +120,8 @@ TEST_P(LowRankTest, LoraReproducesThePatchToHalfPrecision) {
 
 TEST_P(LowRankTest, TheLoraIsAsSmallAsItMayBe) {
   FakeDenoiser model(3, 40, device());
-  const auto projections = edited_projections(model, EditedMatrices::kKeyAndValue, 40);
-  const at::Tensor rows = projection_rows(model, projections, progress_);
+  const auto projections = edited_entries(model, EditedMatrices::kKeyAndValue, 40);
+  const at::Tensor rows = entry_rows(model, projections, progress_);
   const at::Tensor spectrum = at::logspace(0, -3, 40, 10.0, at::kDouble);
   const at::Tensor delta = at::matmul(std::get<0>(at::linalg_qr(random_matrix(40, 40))) * spectrum,
                                       std::get<0>(at::linalg_qr(random_matrix(40, 40))));

@@ -2,8 +2,8 @@
 // From words to the closed form: which rows are collected, what is cached, what is refused.
 #include "lacuna/closed_form/refinement.h"
 
-#include "lacuna/closed_form/attention_projection.h"
 #include "lacuna/closed_form/general_prior.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/concepts/prompt_templates.h"
 #include "lacuna/error.h"
 #include "support/fake_host.h"

@@ -76,11 +76,11 @@ TEST(Schemas, InputOrderIsFrozen) {
   EXPECT_EQ(ids(ConceptSetNode().schema()),
             (std::vector<std::string>{"concepts", "kind", "default_anchor", "preserve",
                                       "general_prior", "templates", "previous"}));
-  EXPECT_EQ(
-      ids(AttentionRefineNode().schema()),
-      (std::vector<std::string>{"model", "clip", "concepts", "method", "strength", "matrices",
-                                "read_at", "regularization", "preserve_weight", "prior_weight",
-                                "adversarial_rounds", "apply_as", "lora_rank", "lora_rank_limit"}));
+  EXPECT_EQ(ids(AttentionRefineNode().schema()),
+            (std::vector<std::string>{"model", "clip", "concepts", "method", "strength", "matrices",
+                                      "read_at", "regularization", "preserve_weight",
+                                      "prior_weight", "adversarial_rounds", "apply_as", "lora_rank",
+                                      "lora_rank_limit", "pooled_text"}));
   EXPECT_EQ(ids(SaveLoraNode("output").schema()),
             (std::vector<std::string>{"lora", "filename_prefix"}));
 }
@@ -380,13 +380,12 @@ TEST_P(AttentionRefineTest, ValueOnlyLeavesKeysAlone) {
   for (const auto& projection : model_->projections_) {
     EXPECT_EQ(
         at::equal(patched->weights_.at(projection.name), model_->weights_.at(projection.name)),
-        projection.role == ProjectionRole::kKey);
+        projection.role == EntryRole::kKey);
   }
   model_->patchable_ = false;
   const auto mapped = model_of(run({{"matrices", std::string("value")}}));
   for (const auto& projection : model_->projections_) {
-    EXPECT_EQ(mapped->input_maps_.contains(projection.name),
-              projection.role == ProjectionRole::kValue);
+    EXPECT_EQ(mapped->input_maps_.contains(projection.name), projection.role == EntryRole::kValue);
   }
 }
 

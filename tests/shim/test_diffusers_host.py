@@ -224,11 +224,11 @@ def test_wrong_deltas_are_refused(demo):
         model.with_weight_deltas([(KEY, noise(320, 4), noise(5, 768))], 1.0)
     for place in (model.with_input_maps, model.with_weight_maps):
         with pytest.raises(HostError, match="768 x 768"):
-            place([([KEY], noise(320, 320), None)], 1.0)
+            place([([(KEY, 0, 0)], noise(320, 320), None)], 1.0)
         with pytest.raises(HostError, match="768 x 768"):
-            place([([KEY], noise(768, 3), noise(3, 320))], 1.0)
+            place([([(KEY, 0, 0)], noise(768, 3), noise(3, 320))], 1.0)
         with pytest.raises(HostError, match="no weight named"):
-            place([(["diffusion_model.nowhere"], noise(768, 768), None)], 1.0)
+            place([([("diffusion_model.nowhere", 0, 0)], noise(768, 768), None)], 1.0)
 
 
 # --------------------------------------------------------------------------- sampling
@@ -374,7 +374,7 @@ def test_patches_are_undone_when_a_step_raises(demo, error):
     model, clip, _ = demo
     before = state_hash(model)
     patched = model.with_weight_deltas([(KEY, noise(320, 768), None)], 1.0)
-    patched = patched.with_input_maps([([KEY, VALUE], noise(768, 768), None)], 1.0)
+    patched = patched.with_input_maps([([(KEY, 0, 0), (VALUE, 0, 0)], noise(768, 768), None)], 1.0)
 
     def on_step(done: int, total: int) -> None:
         assert state_hash(model) == before, "not even while it samples are base weights touched"
@@ -419,7 +419,7 @@ def test_a_map_is_the_same_on_weights_and_on_what_they_read(demo):
     out, inner = noise(768, 4, seed=3, scale=0.1), noise(4, 768, seed=4, scale=0.1)
     for place in ("with_weight_maps", "with_input_maps"):
         pair, whole = (
-            getattr(model, place)([([KEY, VALUE], *factors)], 1.0)
+            getattr(model, place)([([(KEY, 0, 0), (VALUE, 0, 0)], *factors)], 1.0)
             for factors in ((out, inner), (out @ inner, None))
         )
         torch.testing.assert_close(sample(pair, clip), sample(whole, clip), atol=2e-3, rtol=1e-4)

@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -75,13 +76,23 @@ inline WeightIdentity identity_of(TextEncoder& encoder) {
   return {encoder.fingerprint(), encoder.weight_samples()};
 }
 
-enum class ProjectionRole { kKey, kValue };
+// What text entries read: the rows that cross-attention sees, and the vector that SDXL adds to its
+// time embedding.
+inline constexpr std::string_view kContextStream = "context";
+inline constexpr std::string_view kPooledStream = "pooled";
 
-// One W_K or W_V of one cross-attention layer.
-struct AttentionProjection {
+enum class EntryRole { kKey, kValue, kInput };  // kInput: in front of everything else
+
+// One linear map through which text enters a model: a weight [out, d] that reads rows of a text
+// stream and nothing else, at least in some of its columns. Whatever a model draws from a text, it
+// reads through these.
+struct TextEntry {
   std::string name;       // the host's weight key
   std::string lora_name;  // kohya module name, e.g. "lora_unet_down_blocks_0_..._attn2_to_k"
-  ProjectionRole role = ProjectionRole::kKey;
+  EntryRole role = EntryRole::kKey;
+  std::string stream = std::string(kContextStream);
+  int64_t first_column = 0;  // of the weight, where the stream begins
+  int64_t columns = 0;       // 0: all that follow
 };
 
 // W <- W + strength * (up @ down), or + strength * up when down is undefined (a full difference).
@@ -94,9 +105,9 @@ struct WeightDelta {
 // One linear map of what some weights read, x <- x + strength delta x, shared by all of them: for a
 // weight, W <- W + strength W delta. However many weights there are, it is held once.
 struct TextMap {
-  std::vector<std::string> entries;  // weights that read x, [out, d] each
-  at::Tensor out;                    // delta = out in: [d, r]; or delta itself, [d, d] float32 ...
-  at::Tensor in;                     // [r, d]; undefined then
+  std::vector<TextEntry> entries;  // weights that read x in d of their columns
+  at::Tensor out;                  // delta = out in: [d, r]; or delta itself, [d, d] float32 ...
+  at::Tensor in;                   // [r, d]; undefined then
 };
 
 // Stands in for the attention inside every text cross-attention layer of a forward pass.
@@ -143,8 +154,8 @@ class Denoiser {
   virtual WeightSamples weight_samples() { return {}; }  // of the same weights, by LoRA name
   // False when weights are stored packed, so that a patch cannot be merged exactly (GGUF, 4-bit).
   virtual bool patchable() = 0;
-  // Empty when the model has no text cross-attention.
-  virtual std::vector<AttentionProjection> cross_attention() = 0;
+  // Those of cross-attention layer by layer, key before value; empty when Lacuna knows of none.
+  virtual std::vector<TextEntry> text_entries() = 0;
   // [out, d], upstream patches included, on the model's device. Must not be written to.
   virtual at::Tensor effective_weight(const std::string& name) = 0;
   virtual std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>& deltas,

@@ -14,11 +14,11 @@ constexpr std::string_view kB = ".b";
 constexpr std::string_view kR = ".r";
 }  // namespace
 
-bool ErasurePatch::edits(const AttentionProjection& projection) const {
-  return matrices == EditedMatrices::kKeyAndValue || projection.role == ProjectionRole::kValue;
+bool ErasurePatch::edits(const TextEntry& projection) const {
+  return matrices == EditedMatrices::kKeyAndValue || projection.role == EntryRole::kValue;
 }
 
-at::Tensor weight_change(const ErasurePatch& patch, const AttentionProjection& projection,
+at::Tensor weight_change(const ErasurePatch& patch, const TextEntry& projection,
                          const at::Tensor& weight, double strength) {
   const auto type = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor w = weight.detach().to(type);
@@ -30,7 +30,7 @@ at::Tensor weight_change(const ErasurePatch& patch, const AttentionProjection& p
   return change.mul_(strength);
 }
 
-const LowRankPair* pair_of(const ErasurePatch& patch, const AttentionProjection& projection,
+const LowRankPair* pair_of(const ErasurePatch& patch, const TextEntry& projection,
                            const at::Tensor& weight) {
   const auto it = patch.pairs.find(projection.lora_name);
   if (it == patch.pairs.end()) return nullptr;
@@ -42,19 +42,18 @@ const LowRankPair* pair_of(const ErasurePatch& patch, const AttentionProjection&
   return &pair;
 }
 
-TextMap text_map(const at::Tensor& delta, const std::vector<AttentionProjection>& projections) {
+TextMap text_map(const at::Tensor& delta, const std::vector<TextEntry>& projections) {
   TextMap map;
   map.out = delta.to(at::kFloat);
-  for (const AttentionProjection& projection : projections) map.entries.push_back(projection.name);
+  map.entries = projections;
   return map;
 }
 
-std::shared_ptr<Denoiser> with_patch(Denoiser& model,
-                                     const std::vector<AttentionProjection>& projections,
+std::shared_ptr<Denoiser> with_patch(Denoiser& model, const std::vector<TextEntry>& projections,
                                      const ErasurePatch& patch, double strength) {
-  std::vector<AttentionProjection> mapped;
+  std::vector<TextEntry> mapped;
   std::vector<WeightDelta> deltas;
-  for (const AttentionProjection& projection : projections) {
+  for (const TextEntry& projection : projections) {
     if (patch.edits(projection)) mapped.push_back(projection);
     if (!patch.pairs.contains(projection.lora_name)) continue;
     const LowRankPair& pair = *pair_of(patch, projection, model.effective_weight(projection.name));

@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/matmul.h>
@@ -71,6 +72,13 @@ void balance(at::Tensor& up, at::Tensor& down) {
   down = down / factor.unsqueeze(1);
 }
 
+// The factor, [r, d], with zeros for the columns of the weight that read something else.
+at::Tensor over_all_columns(const at::Tensor& down, Denoiser& model, const TextEntry& entry) {
+  if (entry.columns == 0) return down;
+  const int64_t all = model.effective_weight(entry.name).size(1);
+  return at::constant_pad_nd(down, {entry.first_column, all - entry.first_column - entry.columns});
+}
+
 // As many singular values (descending) as the limits ask for.
 int64_t rank_of(const at::Tensor& singular, const LoraLimits& limits) {
   const double allowed = limits.left_out * limits.left_out * singular.square().sum().item<double>();
@@ -90,7 +98,7 @@ double sum_of_products(const at::Tensor& a, const at::Tensor& b) {
 }
 }  // namespace
 
-LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& projections,
+LoraExport export_lora(Denoiser& model, const std::vector<TextEntry>& projections,
                        const at::Tensor& delta, const SharedFactorization& factors,
                        const LoraLimits& limits, double strength, Progress& progress) {
   LoraExport out;
@@ -107,9 +115,9 @@ LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& 
   const double layers = static_cast<double>(projections.size());
   std::vector<at::Tensor> ups;
   at::Tensor energy;
-  for (const AttentionProjection& projection : projections) {
+  for (const TextEntry& projection : projections) {
     progress.check();
-    ups.push_back(matmul_on_device(model.effective_weight(projection.name), edited));
+    ups.push_back(matmul_on_device(entry_weight(model, projection), edited));
     const at::Tensor squares = ups.back().to(at::kDouble).square().sum(0);
     energy = energy.defined() ? energy + squares : squares;
   }
@@ -119,14 +127,15 @@ LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& 
     const std::string& name = projections[i].lora_name;
     out.tensors[name + ".lora_up.weight"] =
         (ups[i] / balance.to(at::kFloat).unsqueeze(0)).to(at::kHalf).contiguous();
-    out.tensors[name + ".lora_down.weight"] = half_down.clone();
+    out.tensors[name + ".lora_down.weight"] =
+        over_all_columns(half_down, model, projections[i]).clone();
     out.tensors[name + ".alpha"] =
         at::scalar_tensor(static_cast<double>(out.rank), at::TensorOptions(at::kHalf));
   }
   return out;
 }
 
-LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& projections,
+LoraExport export_lora(Denoiser& model, const std::vector<TextEntry>& projections,
                        const ErasurePatch& patch, const SharedFactorization& factors,
                        const LoraLimits& limits, double strength, Progress& progress) {
   if (patch.pairs.empty()) {
@@ -136,7 +145,7 @@ LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& 
   LoraExport out;
   double whole = shared.left_out() * shared.left_out();  // squared norms
   double lost = whole;
-  for (const AttentionProjection& projection : projections) {
+  for (const TextEntry& projection : projections) {
     progress.check();
     const at::Tensor weight = model.effective_weight(projection.name);
     const LowRankPair* pair = pair_of(patch, projection, weight);

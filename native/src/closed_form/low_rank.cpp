@@ -22,7 +22,7 @@ constexpr int64_t kOversampling = 16;
 constexpr int kMaxIterations = 30;
 // Shares of the energy: what float32 products cannot tell from nothing, and how well what is left
 // out has to be known.
-constexpr double kNothing = 1e-9;
+constexpr double kNothing = 3e-8;
 constexpr double kSettled = 1e-4;
 
 struct Eigenpairs {

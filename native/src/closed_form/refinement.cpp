@@ -29,14 +29,6 @@ namespace {
 // Ridge of the adversarial embeddings, relative to the mean eigenvalue of sum W^T W.
 constexpr double kAdversarialRidge = 1e-2;
 
-std::vector<std::string> prompts_of(ConceptKind kind, int templates, const std::string& phrase) {
-  std::vector<std::string> prompts;
-  for (std::string_view prompt_template : prompt_templates(kind).first(templates)) {
-    prompts.push_back(fill_template(prompt_template, phrase));
-  }
-  return prompts;
-}
-
 // Encodes in small batches; reports one unit of work per batch.
 class BatchEncoder {
  public:
@@ -148,7 +140,7 @@ ConceptRows collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& 
   std::vector<at::Tensor> sources{at::zeros({0}, at::kLong)};
   for (const std::string& phrase : phrases(item)) {
     const at::Tensor target_embeddings =
-        batches.encode(prompts_of(item.kind, item.templates, phrase));
+        batches.encode(fill_templates(item.kind, item.templates, phrase));
     for (int i = 0; i < item.templates; ++i) {
       const PromptRows rows =
           rows_of(tokens, item, phrase, i, options, target_embeddings[i], anchor_embeddings[i]);
@@ -196,7 +188,8 @@ class AnchorGroup {
 at::Tensor collect_preserved(TextEncoder& encoder, BatchEncoder& batches,
                              const PreservedPhrase& item) {
   GramSum sum(encoder.width());
-  const at::Tensor embeddings = batches.encode(prompts_of(item.kind, item.templates, item.phrase));
+  const at::Tensor embeddings =
+      batches.encode(fill_templates(item.kind, item.templates, item.phrase));
   sum.add(embeddings.reshape({-1, encoder.width()}), 1.0 / item.templates);
   return sum.finish();
 }
@@ -308,7 +301,7 @@ void check(const RefinementOptions& options) {
 void check_phrases(TextEncoder& encoder, const ConceptSet& set) {
   Tokens tokens(encoder);
   const auto check_fit = [&](ConceptKind kind, int templates, const std::string& phrase) {
-    for (const std::string& prompt : prompts_of(kind, templates, phrase)) {
+    for (const std::string& prompt : fill_templates(kind, templates, phrase)) {
       const auto needed = static_cast<int64_t>(tokens.of(prompt).size());
       if (needed > encoder.window()) {
         throw Error(in_quotes(phrase) + " is too long: its prompts need " + std::to_string(needed) +
@@ -413,7 +406,7 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
       const Concept& first = *concepts.front().first;
       at::Tensor& embeddings = anchor_embeddings[anchor];
       if (!embeddings.defined()) {
-        embeddings = batches.encode(prompts_of(first.kind, first.templates, first.anchor));
+        embeddings = batches.encode(fill_templates(first.kind, first.templates, first.anchor));
         if (cache != nullptr) cache->insert(anchor, {embeddings});
       }
       AnchorGroup group(embeddings, first.templates);
@@ -474,7 +467,7 @@ KeptText collect_kept_text(TextEncoder& encoder, const std::vector<PreservedPhra
 }
 
 Refinement solve_refinement(const RefinementProblem& problem, const RefinementOptions& options,
-                            const at::Tensor& projection_gram) {
+                            const at::Tensor& entry_gram) {
   check(options);
   const int64_t d = problem.concepts.width();
   const at::Tensor identity = at::eye(d, at::kDouble);
@@ -498,10 +491,10 @@ Refinement solve_refinement(const RefinementProblem& problem, const RefinementOp
     // RECE: the embedding f' = T f that the edited model reads like the original reads f,
     //   T = (N^T K N + ridge I)^-1 N^T K,  K = sum over projections of W^T W,
     // becomes another row to edit. T is linear, so the rows themselves are not needed.
-    if (!projection_gram.defined()) throw Error("adversarial rounds need the model's projections");
+    if (!entry_gram.defined()) throw Error("adversarial rounds need the model's projections");
     const at::Tensor n = identity + result.delta;
-    const at::Tensor ntk = at::matmul(n.transpose(0, 1), projection_gram);
-    const double ridge = kAdversarialRidge * projection_gram.diagonal().mean().item<double>();
+    const at::Tensor ntk = at::matmul(n.transpose(0, 1), entry_gram);
+    const double ridge = kAdversarialRidge * entry_gram.diagonal().mean().item<double>();
     const at::Tensor t = SpdSolver(at::matmul(ntk, n) + identity * ridge).solve(ntk);
     const at::Tensor tt = t.transpose(0, 1);
     const at::Tensor second = at::matmul(at::matmul(t, problem.concepts.edited), tt);

@@ -30,4 +30,12 @@ std::string fill_template(std::string_view prompt_template, std::string_view phr
       .append(prompt_template.substr(slot + 2));
 }
 
+std::vector<std::string> fill_templates(ConceptKind kind, int count, std::string_view phrase) {
+  std::vector<std::string> prompts;
+  for (std::string_view prompt_template : prompt_templates(kind).first(count)) {
+    prompts.push_back(fill_template(prompt_template, phrase));
+  }
+  return prompts;
+}
+
 }  // namespace lacuna

@@ -18,8 +18,8 @@
 #include <set>
 
 #include "evaluation/picture_studio.h"
-#include "lacuna/closed_form/attention_projection.h"
 #include "lacuna/closed_form/refinement.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/error.h"
 #include "lacuna/evaluation/attack.h"
 #include "lacuna/evaluation/evaluation_prompts.h"
@@ -33,7 +33,7 @@ constexpr int64_t kMostPairs = 4096;
 
 std::string fingerprint_of_weights(Denoiser& model, Progress& progress) {
   uint64_t hash = 0;
-  for (const AttentionProjection& projection : model.cross_attention()) {
+  for (const TextEntry& projection : cross_attention(model)) {
     progress.check();
     const at::Tensor weight =
         model.effective_weight(projection.name).detach().to(at::kCPU, at::kFloat).contiguous();
@@ -71,7 +71,7 @@ void check(const EvaluationInputs& inputs, const ConceptSet& set,
   if (!(options.detector_threshold >= 0.0 && options.detector_threshold <= 1.0)) {
     throw Error("detector threshold must lie between 0 and 1");
   }
-  edited_projections(inputs.base, EditedMatrices::kKeyAndValue, inputs.encoder.width());
+  edited_entries(inputs.base, EditedMatrices::kKeyAndValue, inputs.encoder.width());
   check_same_family(inputs.base, inputs.edited);
   std::set<std::string> erased;
   for (const Concept& item : set.concepts) {

@@ -53,7 +53,7 @@ std::string base64(std::string_view bytes) {
   return out;
 }
 
-std::string percent(double share) {
+std::string whole_percent(double share) {
   char text[16];
   std::snprintf(text, sizeof text, "%.0f", 100 * share);
   return text;
@@ -109,7 +109,8 @@ std::string lists_table(const ordered_json& lists) {
     };
     rows.push_back({list.at("concept").is_null() ? "all" : text_of(list.at("concept")),
                     text_of(list.at("list")), fraction(list.at("hits")),
-                    plot(low, hits / trials, high), percent(low) + " to " + percent(high) + " %",
+                    plot(low, hits / trials, high),
+                    whole_percent(low) + " to " + whole_percent(high) + " %",
                     fraction(list.at("seen_before")) + " / " + fraction(list.at("seen_after")),
                     text_of(list.at("mcnemar_p_holm")),
                     text_of(change.at("mean")) + " (" + text_of(change.at("interval").at(0)) +

@@ -72,7 +72,7 @@ ordered_json scan_json(const ResidualScan& scan) {
     entry["layers"] = ordered_json::array();
     for (const LayerResidual& layer : item.layers) {
       entry["layers"].push_back({{"layer", layer.layer},
-                                 {"matrix", layer.role == ProjectionRole::kKey ? "key" : "value"},
+                                 {"matrix", layer.role == EntryRole::kKey ? "key" : "value"},
                                  {"before", layer.before},
                                  {"after", layer.after}});
     }

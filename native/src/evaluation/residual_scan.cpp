@@ -13,8 +13,8 @@
 #include <map>
 #include <set>
 
-#include "lacuna/closed_form/attention_projection.h"
 #include "lacuna/closed_form/general_prior.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/closed_form/text_statistics.h"
 #include "lacuna/concepts/concept_prompts.h"
 #include "lacuna/concepts/token_alignment.h"
@@ -98,15 +98,15 @@ std::pair<at::Tensor, at::Tensor> paired(const PhraseRows& phrase, const PhraseR
 // One pass over the weights: the forms, and every concept's table of layers. from, to: [n, d], the
 // concepts' paired rows one below the other.
 ModelForms collect_forms(Denoiser& base, Denoiser& edited,
-                         const std::vector<AttentionProjection>& projections,
-                         const at::Tensor& from, const at::Tensor& to,
-                         std::vector<ConceptResidual>& concepts, Progress& progress) {
+                         const std::vector<TextEntry>& projections, const at::Tensor& from,
+                         const at::Tensor& to, std::vector<ConceptResidual>& concepts,
+                         Progress& progress) {
   const int64_t d = from.size(1);
   ModelForms forms;
   for (at::Tensor* form : {&forms.base, &forms.cross, &forms.edit}) {
     *form = at::zeros({d, d}, at::kDouble);
   }
-  for (const AttentionProjection& projection : projections) {
+  for (const TextEntry& projection : projections) {
     progress.check();
     const at::Tensor weight = base.effective_weight(projection.name).detach().to(at::kFloat);
     const at::Tensor after = edited.effective_weight(projection.name).detach().to(weight.options());
@@ -318,9 +318,9 @@ void check_same_family(Denoiser& base, Denoiser& edited) {
     throw Error("the two models are of different families, " + base.family() + " and " +
                 edited.family() + "; connect the model before and after the same edit");
   }
-  const auto before = base.cross_attention();
-  const auto after = edited.cross_attention();
-  const auto same = [&](const AttentionProjection& a, const AttentionProjection& b) {
+  const auto before = cross_attention(base);
+  const auto after = cross_attention(edited);
+  const auto same = [&](const TextEntry& a, const TextEntry& b) {
     return a.name == b.name &&
            base.effective_weight(a.name).sizes() == edited.effective_weight(b.name).sizes();
   };
@@ -333,8 +333,8 @@ void check_same_family(Denoiser& base, Denoiser& edited) {
 ResidualScan scan_residuals(Denoiser& base, Denoiser& edited, TextEncoder& encoder,
                             const ConceptSet& set, const std::vector<std::string>& neighbours,
                             Progress& progress) {
-  const std::vector<AttentionProjection> projections =
-      edited_projections(base, EditedMatrices::kKeyAndValue, encoder.width());
+  const std::vector<TextEntry> projections =
+      edited_entries(base, EditedMatrices::kKeyAndValue, encoder.width());
   check_same_family(base, edited);
 
   ResidualScan scan;

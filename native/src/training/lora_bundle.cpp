@@ -167,10 +167,10 @@ void add_samples(LoraBundle& bundle, Denoiser& model, TextEncoder& encoder) {
 }
 
 void check_fits(const LoraBundle& bundle, Denoiser& model, TextEncoder& encoder,
-                const std::vector<AttentionProjection>& projections) {
+                const std::vector<TextEntry>& projections) {
   check_weights(bundle, model, encoder);
   std::set<std::string> known;
-  for (const AttentionProjection& projection : projections) known.insert(projection.lora_name);
+  for (const TextEntry& projection : projections) known.insert(projection.lora_name);
   for (const auto& item : bundle.concepts) {
     if (item->prompt_gram.size(0) != encoder.width()) {
       throw Error("the LoRA of " + in_quotes(item->item.target) +

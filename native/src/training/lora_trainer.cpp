@@ -22,7 +22,7 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
-#include "lacuna/closed_form/attention_projection.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/concepts/prompt_templates.h"
 #include "lacuna/error.h"
 #include "lacuna/files/json_text.h"
@@ -51,22 +51,21 @@ struct TrainingScope {
 // One cross-attention layer as the trainer sees it.
 struct Layer {
   std::string name;
-  AttentionProjection key;
-  AttentionProjection value;
+  TextEntry key;
+  TextEntry value;
   int64_t key_rows = 0;
   int64_t value_rows = 0;
 };
 
 std::vector<Layer> layers_of(Denoiser& model, int64_t width) {
   std::vector<Layer> layers;
-  for (const AttentionProjection& projection :
-       edited_projections(model, EditedMatrices::kKeyAndValue, width)) {
+  for (const TextEntry& projection : edited_entries(model, EditedMatrices::kKeyAndValue, width)) {
     const std::string name = layer_of(projection);
     auto it = std::find_if(layers.begin(), layers.end(),
                            [&](const Layer& layer) { return layer.name == name; });
     if (it == layers.end()) it = layers.insert(layers.end(), Layer{name, {}, {}, 0, 0});
     const int64_t rows = model.effective_weight(projection.name).size(0);
-    if (projection.role == ProjectionRole::kKey) {
+    if (projection.role == EntryRole::kKey) {
       it->key = projection;
       it->key_rows = rows;
     } else {
@@ -531,7 +530,7 @@ class Trainer {
   void train_layer(Job& job, size_t index, const Layer& layer, const std::vector<Capture>& captures,
                    const std::vector<std::pair<size_t, int64_t>>& shown, int64_t first_step,
                    AdamW& optimizer) {
-    const auto weight_of = [&](const AttentionProjection& projection, const at::Tensor& like) {
+    const auto weight_of = [&](const TextEntry& projection, const at::Tensor& like) {
       const at::Tensor weight = model_.effective_weight(projection.name).detach();
       return (weight.is_inference() ? weight.clone() : weight).to(like.options());
     };

@@ -70,6 +70,15 @@ def random_clip(tokenizer: type, model: type, **options: Any) -> Any:
     return clip
 
 
+def small_sdxl_clip() -> Any:
+    from comfy.sdxl_clip import SDXLClipModel, SDXLTokenizer
+
+    layers = {"num_hidden_layers": 3}
+    return random_clip(
+        SDXLTokenizer, SDXLClipModel, clip_l_model_config=layers, clip_g_model_config=layers
+    )
+
+
 def conditioning(clip: Any, text: str) -> Any:
     return clip.encode_from_tokens_scheduled(clip.tokenize(text, disable_weights=True))
 
@@ -138,19 +147,10 @@ def test_batch_equals_what_the_host_encodes_one_by_one(host: ModuleType, checkpo
 
 
 def test_sd2_and_sdxl_batches(host: ModuleType) -> None:
-    from comfy.sdxl_clip import SDXLClipModel, SDXLTokenizer
     from comfy.text_encoders.sd2_clip import SD2ClipModel, SD2Tokenizer
 
-    layers = {"num_hidden_layers": 3}
-    for clip, width in (
-        (random_clip(SD2Tokenizer, SD2ClipModel, clip_h_model_config=layers), 1024),
-        (
-            random_clip(
-                SDXLTokenizer, SDXLClipModel, clip_l_model_config=layers, clip_g_model_config=layers
-            ),
-            2048,
-        ),
-    ):
+    sd2 = random_clip(SD2Tokenizer, SD2ClipModel, clip_h_model_config={"num_hidden_layers": 3})
+    for clip, width in ((sd2, 1024), (small_sdxl_clip(), 2048)):
         encoder = host.ComfyTextEncoder(clip)
         batch = encoder.encode(PROMPTS)
         check_starts(encoder, batch)
@@ -177,12 +177,7 @@ def check_starts(encoder: Any, whole: torch.Tensor) -> None:
 
 
 def test_embeddings_with_pooled_vectors(host: ModuleType, checkpoint: Any) -> None:
-    from comfy.sdxl_clip import SDXLClipModel, SDXLTokenizer
-
-    layers = {"num_hidden_layers": 3}
-    sdxl = random_clip(
-        SDXLTokenizer, SDXLClipModel, clip_l_model_config=layers, clip_g_model_config=layers
-    )
+    sdxl = small_sdxl_clip()
     context, pooled = host.ComfyTextEncoder(sdxl).embed(PROMPTS)
     single = [conditioning(sdxl, prompt)[0] for prompt in PROMPTS]
     expected = torch.cat([extra["pooled_output"] for _, extra in single])
@@ -279,6 +274,44 @@ def test_layers_of_other_families(
     known = comfy.lora.model_lora_keys_unet(model.model, {})
     assert all(known[lora_name] == name for name, lora_name, _ in layers)
     assert denoiser.effective_weight(layers[0][0]).shape == (320, config["context_dim"])
+
+
+def test_the_pooled_text_of_sdxl_is_edited_in_its_own_columns(host: ModuleType) -> None:
+    model, clip = random_unet(SMALL_SDXL), small_sdxl_clip()
+    denoiser = host.ComfyDenoiser(model)
+    entries = denoiser.text_entries()
+    assert [each[:3] for each in entries[:-1]] == denoiser.cross_attention()
+    name, lora_name, role, stream, first, columns = entries[-1]
+    assert (role, stream, first, columns) == ("input", "pooled", 0, 1280)
+    assert comfy.lora.model_lora_keys_unet(model.model, {})[lora_name] == name
+
+    # it reads what the encoder calls pooled, and nothing but sizes behind that
+    seen: list[torch.Tensor] = []
+    module = comfy.utils.get_attr(model.model, name.removesuffix(".weight"))
+    hook = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].clone()))
+    plain = sample(model, clip, PROMPTS[0])
+    hook.remove()
+    _, pooled = host.ComfyTextEncoder(clip).embed([PROMPTS[0], ""])
+    told = seen[0].float()
+    rows = [int((told[:, :1280] - each).norm(dim=1).argmin()) for each in pooled]
+    torch.testing.assert_close(told[rows, :1280], pooled, rtol=1e-3, atol=1e-3)
+    assert torch.equal(told[0, 1280:], told[-1, 1280:])
+
+    delta = torch.randn(1280, 1280, generator=torch.Generator().manual_seed(5)) * 0.05
+    maps = [([(name, first, columns)], delta, None)]
+    by_weights = denoiser.with_weight_maps(maps, 0.5)
+    base, edited = denoiser.effective_weight(name), by_weights.effective_weight(name)
+    torch.testing.assert_close(
+        edited[:, :1280], base[:, :1280] @ (torch.eye(1280) + 0.5 * delta), rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(edited[:, 1280:], base[:, 1280:])
+    drawn = sample(by_weights.patcher, clip, PROMPTS[0])
+    assert not torch.allclose(drawn, plain, atol=1e-4)
+    by_inputs = denoiser.with_input_maps(maps, 0.5)
+    torch.testing.assert_close(
+        sample(by_inputs.patcher, clip, PROMPTS[0]), drawn, rtol=1e-3, atol=1e-3
+    )
+    assert torch.equal(denoiser.effective_weight(name), base)
 
 
 def test_a_model_without_text_cross_attention_has_no_layers(

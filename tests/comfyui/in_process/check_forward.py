@@ -16,7 +16,15 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
-from check_adapters import SMALL_SD2, SMALL_SDXL, conditioning, lora, random_clip, random_unet
+from check_adapters import (
+    SMALL_SD2,
+    SMALL_SDXL,
+    conditioning,
+    lora,
+    random_clip,
+    random_unet,
+    small_sdxl_clip,
+)
 from comfy.model_sampling import V_PREDICTION
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,15 +37,6 @@ def training() -> Iterator[None]:
     """As the core sets it, inside a node's inference mode."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-def sdxl_clip() -> Any:
-    from comfy.sdxl_clip import SDXLClipModel, SDXLTokenizer
-
-    layers = {"num_hidden_layers": 3}
-    return random_clip(
-        SDXLTokenizer, SDXLClipModel, clip_l_model_config=layers, clip_g_model_config=layers
-    )
 
 
 def sd2_clip() -> Any:
@@ -63,7 +62,7 @@ def models(request: pytest.FixtureRequest, checkpoint: Any) -> tuple[Any, Any]:
             return model, checkpoint[1]
         if request.param == "SD2.x v":
             return v_prediction(random_unet(SMALL_SD2)), sd2_clip()
-        return random_unet(SMALL_SDXL), sdxl_clip()
+        return random_unet(SMALL_SDXL), small_sdxl_clip()
 
 
 @pytest.fixture

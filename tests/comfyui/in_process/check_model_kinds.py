@@ -16,8 +16,15 @@ import comfy.sd
 import comfy.supported_models as kinds
 import pytest
 import torch
-from check_adapters import SMALL, SMALL_SD2, SMALL_SDXL, conditioning, random_unet
-from check_forward import checks, sd2_clip, sdxl_clip
+from check_adapters import (
+    SMALL,
+    SMALL_SD2,
+    SMALL_SDXL,
+    conditioning,
+    random_unet,
+    small_sdxl_clip,
+)
+from check_forward import checks, sd2_clip
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
 SIZE = {"width": 64, "height": 64}
@@ -134,7 +141,7 @@ def test_the_demo_model_is_told_what_the_sampler_tells(
 @pytest.mark.parametrize("kind", ["SDXL inpainting", "SD2.x inpainting", "unCLIP"])
 def test_other_models_are_told_what_the_sampler_tells(host: ModuleType, kind: str) -> None:
     config, clip = {
-        "SDXL inpainting": ({**SMALL_SDXL, "in_channels": 9}, sdxl_clip),
+        "SDXL inpainting": ({**SMALL_SDXL, "in_channels": 9}, small_sdxl_clip),
         "SD2.x inpainting": ({**SMALL_SD2, "in_channels": 9}, sd2_clip),
         "unCLIP": (UNCLIP, sd2_clip),
     }[kind]

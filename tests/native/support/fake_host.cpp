@@ -6,7 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "lacuna/closed_form/attention_projection.h"
+#include "lacuna/closed_form/text_entry.h"
 
 namespace lacuna::testing {
 namespace {
@@ -58,8 +58,8 @@ at::Tensor FakeTextEncoder::encode(const std::vector<std::string>& prompts) {
 
 FakeDenoiser::FakeDenoiser(int64_t layers, int64_t width, at::Device device) {
   for (int64_t layer = 0; layer < layers; ++layer) {
-    for (const auto role : {ProjectionRole::kKey, ProjectionRole::kValue}) {
-      const std::string suffix = role == ProjectionRole::kKey ? "k" : "v";
+    for (const auto role : {EntryRole::kKey, EntryRole::kValue}) {
+      const std::string suffix = role == EntryRole::kKey ? "k" : "v";
       const std::string name = "layer." + std::to_string(layer) + ".to_" + suffix;
       projections_.push_back(
           {name, "lora_unet_layer_" + std::to_string(layer) + "_to_" + suffix, role});
@@ -85,11 +85,14 @@ std::shared_ptr<Denoiser> FakeDenoiser::with_weight_maps(const std::vector<TextM
                                                          double strength) {
   auto patched = std::make_shared<FakeDenoiser>(*this);
   for (const TextMap& map : maps) {
-    for (const std::string& name : map.entries) {
-      const at::Tensor& weight = weights_.at(name);
-      at::Tensor change = at::matmul(weight, map.out.to(weight));
+    for (const TextEntry& entry : map.entries) {
+      const at::Tensor& weight = patched->weights_.at(entry.name);
+      const at::Tensor reads = entry_weight(*patched, entry);
+      at::Tensor change = at::matmul(reads, map.out.to(weight));
       if (map.in.defined()) change = at::matmul(change, map.in.to(weight));
-      patched->weights_[name] = weight + strength * change;
+      at::Tensor edited = weight.clone();
+      edited.narrow(1, entry.first_column, reads.size(1)).add_(change, strength);
+      patched->weights_[entry.name] = edited;
     }
   }
   return patched;
@@ -100,13 +103,14 @@ std::shared_ptr<Denoiser> FakeDenoiser::with_input_maps(const std::vector<TextMa
   auto patched = std::make_shared<FakeDenoiser>(*this);
   for (const TextMap& map : maps) {
     const at::Tensor delta = map.in.defined() ? at::matmul(map.out, map.in) : map.out;
-    for (const std::string& name : map.entries) patched->input_maps_[name] = strength * delta;
+    for (const TextEntry& entry : map.entries) {
+      patched->input_maps_[entry.name] = strength * delta;
+    }
   }
   return patched;
 }
 
-at::Tensor FakeDenoiser::read(const AttentionProjection& projection,
-                              const at::Tensor& context) const {
+at::Tensor FakeDenoiser::read(const TextEntry& projection, const at::Tensor& context) const {
   const at::Tensor& weight = weights_.at(projection.name);
   at::Tensor x = context.to(weight);
   if (const auto it = input_maps_.find(projection.name); it != input_maps_.end()) {
@@ -194,7 +198,7 @@ Checkpoint FakeApplication::load_checkpoint(const std::string& name) {
 std::shared_ptr<Denoiser> FakeApplication::load_lora(const std::shared_ptr<Denoiser>& model,
                                                      const std::string&, double strength) {
   std::vector<WeightDelta> deltas;
-  for (const AttentionProjection& projection : model->cross_attention()) {
+  for (const TextEntry& projection : model->text_entries()) {
     deltas.push_back(
         {projection.name, at::ones_like(model->effective_weight(projection.name)), {}});
   }

@@ -46,7 +46,7 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
   std::string fingerprint() override { return fingerprint_; }
   WeightSamples weight_samples() override { return samples_; }
   bool patchable() override { return patchable_; }
-  std::vector<AttentionProjection> cross_attention() override { return projections_; }
+  std::vector<TextEntry> text_entries() override { return projections_; }
   at::Tensor effective_weight(const std::string& name) override { return weights_.at(name); }
   std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>& deltas,
                                                double strength) override;
@@ -66,13 +66,13 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
   WeightSamples samples_;
   std::string family_ = "SD1.x";
   bool patchable_ = true;
-  std::vector<AttentionProjection> projections_;
+  std::vector<TextEntry> projections_;
   std::map<std::string, at::Tensor> weights_;
   std::map<std::string, at::Tensor> input_maps_;  // by weight: strength delta, [d, d]
 
  private:
   // What a projection makes of an embedding, [..., d].
-  at::Tensor read(const AttentionProjection& projection, const at::Tensor& context) const;
+  at::Tensor read(const TextEntry& projection, const at::Tensor& context) const;
 };
 
 class FakeImageDecoder : public ImageDecoder {

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "lacuna/closed_form/attention_projection.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/host.h"
 
 namespace lacuna {
@@ -28,25 +28,24 @@ struct ErasurePatch {
   std::map<std::string, LowRankPair> pairs;     // by lora_name, the same in every host
   std::map<std::string, std::string> metadata;  // strings: concepts, method, hashes
 
-  bool edits(const AttentionProjection& projection) const;
+  bool edits(const TextEntry& projection) const;
 };
 
 // The pair of a projection that has one, else null. Throws Error when it does not fit the weight,
 // [out, d].
-const LowRankPair* pair_of(const ErasurePatch& patch, const AttentionProjection& projection,
+const LowRankPair* pair_of(const ErasurePatch& patch, const TextEntry& projection,
                            const at::Tensor& weight);
 
 // strength (W* - W) for one projection, [out, d], float32 or float64 as `weight`, on its device.
-at::Tensor weight_change(const ErasurePatch& patch, const AttentionProjection& projection,
+at::Tensor weight_change(const ErasurePatch& patch, const TextEntry& projection,
                          const at::Tensor& weight, double strength = 1.0);
 
 // delta as the map that all of `projections` share.
-TextMap text_map(const at::Tensor& delta, const std::vector<AttentionProjection>& projections);
+TextMap text_map(const at::Tensor& delta, const std::vector<TextEntry>& projections);
 
 // `model` with the patch on the weights of `projections`. Throws Error naming the weight that a
 // low-rank pair does not fit.
-std::shared_ptr<Denoiser> with_patch(Denoiser& model,
-                                     const std::vector<AttentionProjection>& projections,
+std::shared_ptr<Denoiser> with_patch(Denoiser& model, const std::vector<TextEntry>& projections,
                                      const ErasurePatch& patch, double strength);
 
 // `*.safetensors` with metadata "format": "lacuna.patch/1". Written to a temporary name and

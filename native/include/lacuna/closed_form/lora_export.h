@@ -30,7 +30,7 @@ struct LoraLimits {
 };
 
 // strength multiplies the edit.
-LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& projections,
+LoraExport export_lora(Denoiser& model, const std::vector<TextEntry>& projections,
                        const at::Tensor& delta, const SharedFactorization& factors,
                        const LoraLimits& limits, double strength, Progress& progress);
 
@@ -38,7 +38,7 @@ LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& 
 // side, exactly where the limits allow, else reduced to them by QR of both factors and a small
 // SVD, projection by projection. `factors` are those of patch.delta over the edited projections;
 // about twice limits.rank directions are enough. LoraExport::rank is the largest rank used.
-LoraExport export_lora(Denoiser& model, const std::vector<AttentionProjection>& projections,
+LoraExport export_lora(Denoiser& model, const std::vector<TextEntry>& projections,
                        const ErasurePatch& patch, const SharedFactorization& factors,
                        const LoraLimits& limits, double strength, Progress& progress);
 

@@ -15,7 +15,7 @@ namespace lacuna {
 // stacked projections at once (Eckart-Young in the metric K = sum W^T W).
 class SharedFactorization {
  public:
-  // delta: D, [d, d]; rows: A, [p, d] with A^T A = K or close to it (projection_rows). Up to
+  // delta: D, [d, d]; rows: A, [p, d] with A^T A = K or close to it (entry_rows). Up to
   // max_rank directions are computed: by one eigendecomposition for small d, by subspace iteration
   // (fixed seed) for large d, where a whole decomposition would block cancellation for seconds.
   // With a tolerance no more than it takes to leave out that share.

@@ -9,8 +9,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "lacuna/closed_form/attention_projection.h"
 #include "lacuna/closed_form/edit_method.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/closed_form/text_statistics.h"
 #include "lacuna/concepts/concept_set.h"
 #include "lacuna/host.h"
@@ -60,9 +60,9 @@ struct Refinement {
 // Throws Error for options out of range.
 void check(const RefinementOptions& options);
 
-// projection_gram is needed for adversarial rounds only (else undefined).
+// entry_gram is needed for adversarial rounds only (else undefined).
 Refinement solve_refinement(const RefinementProblem& problem, const RefinementOptions& options,
-                            const at::Tensor& projection_gram = {});
+                            const at::Tensor& entry_gram = {});
 
 // Throws Error when a phrase does not fit the encoder's window with the longest template, or when
 // the tokenizer reads target and anchor as the same tokens. Tokenises only.

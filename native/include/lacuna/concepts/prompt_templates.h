@@ -4,6 +4,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "lacuna/concepts/concept_kind.h"
 
@@ -19,5 +20,7 @@ std::span<const std::string_view> prompt_templates(ConceptKind kind);
 // The text before the slot (needed to find the phrase's tokens) and the whole prompt.
 std::string prefix_of_template(std::string_view prompt_template);
 std::string fill_template(std::string_view prompt_template, std::string_view phrase);
+// The first `count` prompts of a kind.
+std::vector<std::string> fill_templates(ConceptKind kind, int count, std::string_view phrase);
 
 }  // namespace lacuna

@@ -33,7 +33,7 @@ struct PhraseResidual {
 // One matrix; entries belong to ConceptResidual::positions.
 struct LayerResidual {
   std::string layer;
-  ProjectionRole role = ProjectionRole::kKey;
+  EntryRole role = EntryRole::kKey;
   std::vector<double> before;  // ||W c - W a|| / ||W c||
   std::vector<double> after;   // ||W' c - W a|| / ||W c||
 };

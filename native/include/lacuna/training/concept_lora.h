@@ -25,7 +25,7 @@ struct LoraPair {
 // float32 as in files.
 struct ConceptLora {
   Concept item;
-  std::map<std::string, LoraPair> pairs;  // by AttentionProjection::lora_name
+  std::map<std::string, LoraPair> pairs;  // by TextEntry::lora_name
   // B: mean over the concept's prompts of sum_positions e e^T.
   at::Tensor prompt_gram;
   // The refinement the LoRA was trained on top of, where the prompts' position f reads as g (mean

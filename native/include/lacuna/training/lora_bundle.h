@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "lacuna/closed_form/attention_projection.h"
+#include "lacuna/closed_form/text_entry.h"
 #include "lacuna/files/safetensors_file.h"
 #include "lacuna/host.h"
 #include "lacuna/training/concept_lora.h"
@@ -36,7 +36,7 @@ void add_samples(LoraBundle& bundle, Denoiser& model, TextEncoder& encoder);
 // check_weights(), and throws Error for LoRAs of another width, or for layers that the model does
 // not have.
 void check_fits(const LoraBundle& bundle, Denoiser& model, TextEncoder& encoder,
-                const std::vector<AttentionProjection>& projections);
+                const std::vector<TextEntry>& projections);
 
 // The same concept with the same LoRA and statistics, bit for bit.
 bool identical(const ConceptLora& a, const ConceptLora& b);

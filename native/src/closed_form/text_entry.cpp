@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lacuna/closed_form/attention_projection.h"
+#include "lacuna/closed_form/text_entry.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
@@ -20,8 +20,8 @@ namespace {
 constexpr int64_t kSketchRows = 4096;
 
 // float32, on the model's device.
-at::Tensor finite_weight(Denoiser& model, const AttentionProjection& projection) {
-  const at::Tensor weight = model.effective_weight(projection.name).detach().to(at::kFloat);
+at::Tensor finite_weight(Denoiser& model, const TextEntry& projection) {
+  const at::Tensor weight = entry_weight(model, projection).detach().to(at::kFloat);
   if (!at::isfinite(weight).all().item<bool>()) {
     throw Error("the model's weight '" + projection.name +
                 "' holds NaN or infinity; load an undamaged checkpoint");
@@ -31,7 +31,25 @@ at::Tensor finite_weight(Denoiser& model, const AttentionProjection& projection)
 
 }  // namespace
 
-std::string layer_of(const AttentionProjection& projection) {
+std::vector<TextEntry> cross_attention(Denoiser& model) {
+  std::vector<TextEntry> entries = model.text_entries();
+  std::erase_if(entries, [](const TextEntry& entry) { return entry.role == EntryRole::kInput; });
+  return entries;
+}
+
+std::vector<TextEntry> pooled_entries(Denoiser& model) {
+  std::vector<TextEntry> entries = model.text_entries();
+  std::erase_if(entries, [](const TextEntry& entry) { return entry.stream != kPooledStream; });
+  return entries;
+}
+
+at::Tensor entry_weight(Denoiser& model, const TextEntry& entry) {
+  const at::Tensor weight = model.effective_weight(entry.name);
+  const int64_t all = weight.size(1) - entry.first_column;
+  return weight.narrow(1, entry.first_column, entry.columns > 0 ? entry.columns : all);
+}
+
+std::string layer_of(const TextEntry& projection) {
   const size_t end = projection.name.rfind(".to_");
   return projection.name.substr(0, end);
 }
@@ -46,11 +64,11 @@ EditedMatrices edited_matrices_from_string(std::string_view text) {
   throw Error("unknown matrices '" + std::string(text) + "'; use one of: key+value, value");
 }
 
-std::vector<AttentionProjection> edited_projections(Denoiser& model, EditedMatrices matrices,
-                                                    int64_t text_width) {
-  std::vector<AttentionProjection> edited;
-  for (AttentionProjection& projection : model.cross_attention()) {
-    if (matrices == EditedMatrices::kValueOnly && projection.role == ProjectionRole::kKey) continue;
+std::vector<TextEntry> edited_entries(Denoiser& model, EditedMatrices matrices,
+                                      int64_t text_width) {
+  std::vector<TextEntry> edited;
+  for (TextEntry& projection : cross_attention(model)) {
+    if (matrices == EditedMatrices::kValueOnly && projection.role == EntryRole::kKey) continue;
     edited.push_back(std::move(projection));
   }
   if (edited.empty()) {
@@ -67,8 +85,8 @@ std::vector<AttentionProjection> edited_projections(Denoiser& model, EditedMatri
   return edited;
 }
 
-at::Tensor projection_rows(Denoiser& model, const std::vector<AttentionProjection>& projections,
-                           Progress& progress) {
+at::Tensor entry_rows(Denoiser& model, const std::vector<TextEntry>& projections,
+                      Progress& progress) {
   at::Generator generator = at::detail::createCPUGenerator(1);
   std::vector<at::Tensor> kept;  // the rows themselves, while they are few
   int64_t count = 0;
@@ -86,7 +104,7 @@ at::Tensor projection_rows(Denoiser& model, const std::vector<AttentionProjectio
       sums.index_add_(0, places, weight.narrow(0, begin, size) * signs.to(weight.device()));
     }
   };
-  for (const AttentionProjection& projection : projections) {
+  for (const TextEntry& projection : projections) {
     progress.check();
     const at::Tensor weight = finite_weight(model, projection);
     count += weight.size(0);
@@ -101,10 +119,10 @@ at::Tensor projection_rows(Denoiser& model, const std::vector<AttentionProjectio
   return sums.defined() ? sums.to(at::kCPU) : at::cat(kept);
 }
 
-at::Tensor projection_gram(Denoiser& model, const std::vector<AttentionProjection>& projections,
-                           Progress& progress) {
+at::Tensor entry_gram(Denoiser& model, const std::vector<TextEntry>& projections,
+                      Progress& progress) {
   at::Tensor sum;
-  for (const AttentionProjection& projection : projections) {
+  for (const TextEntry& projection : projections) {
     progress.check();
     const at::Tensor weight = finite_weight(model, projection);
     // float32 is enough for a metric; sums over layers are float64.
