@@ -3,6 +3,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/matmul.h>
@@ -21,9 +22,9 @@ constexpr int64_t kFirstRank = 64;
 constexpr int64_t kOversampling = 16;
 constexpr int kMaxIterations = 30;
 // Shares of the energy: what float32 products cannot tell from nothing, and how well what is left
-// out has to be known.
+// out is known.
 constexpr double kNothing = 3e-8;
-constexpr double kSettled = 1e-4;
+constexpr double kSettled = 1e-2;
 
 struct Eigenpairs {
   at::Tensor values;   // [k] descending
@@ -35,12 +36,15 @@ Eigenpairs descending(const at::Tensor& symmetric) {
   return {values.flip(0).clamp_min(0.0).contiguous(), vectors.flip(1).contiguous()};
 }
 
-// Leading eigenpairs of B^T B by subspace iteration with Rayleigh-Ritz; b: [p, d] float32. Spectra
-// of edits fall off fast, so a few rounds do; whatever subspace comes out, its captured energy is
-// exact.
-Eigenpairs leading(const at::Tensor& b, double total, int64_t k, Progress& progress) {
+// Leading eigenpairs of B^T B by subspace iteration with Rayleigh-Ritz, from directions that are
+// known already; b: [p, d] float32. Spectra of edits fall off fast, so a few rounds do; whatever
+// subspace comes out, its captured energy is exact.
+Eigenpairs leading(const at::Tensor& b, double total, int64_t k, const at::Tensor& known,
+                   Progress& progress) {
   at::Generator generator = at::detail::createCPUGenerator(1);
-  at::Tensor q = at::randn({b.size(1), k}, generator, at::TensorOptions(at::kFloat));
+  at::Tensor q =
+      at::randn({b.size(1), k - known.size(1)}, generator, at::TensorOptions(at::kFloat));
+  q = at::cat({known.to(at::kFloat), q}, 1);
   at::Tensor image = at::matmul(b, q);
   double captured = 0.0;
   Eigenpairs ritz;
@@ -72,8 +76,9 @@ SharedFactorization::SharedFactorization(const at::Tensor& delta, const at::Tens
     take({all.values, all.vectors}, d);
     return;
   }
+  Eigenpairs found{{}, at::zeros({d, 0}, at::kDouble)};
   for (int64_t rank = std::min(max_rank, kFirstRank);; rank = std::min(max_rank, 2 * rank)) {
-    const Eigenpairs found = leading(b, total_, std::min(d, rank + kOversampling), progress);
+    found = leading(b, total_, std::min(d, rank + kOversampling), found.vectors, progress);
     take({found.values, found.vectors}, rank);
     if (rank == max_rank || rank_for(tolerance)) return;
   }

@@ -159,9 +159,9 @@ ConceptRows collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& 
 class AnchorGroup {
  public:
   AnchorGroup(const at::Tensor& anchor_embeddings, int templates)
-      : anchor_(anchor_embeddings.reshape({-1, anchor_embeddings.size(2)}).to(at::kDouble)),
-        followers_(at::zeros_like(anchor_)),
-        edited_(anchor_.size(1)),
+      : anchor_(anchor_embeddings.reshape({-1, anchor_embeddings.size(2)})),
+        followers_(at::zeros_like(anchor_.exact)),
+        edited_(anchor_.exact.size(1)),
         weight_(1.0 / templates) {}
 
   void add(const ConceptRows& rows) {
@@ -174,12 +174,12 @@ class AnchorGroup {
   void finish(at::Tensor& edited, at::Tensor& shift) const {
     const at::Tensor sum = edited_.finish();
     edited.add_(sum);
-    shift.sub_(sum).addmm_(anchor_.transpose(0, 1), followers_);
+    shift.sub_(sum).add_(anchor_.transposed_product(followers_));
   }
 
  private:
-  at::Tensor anchor_;     // G, [templates * window, d] float64
-  at::Tensor followers_;  // H, likewise
+  SplitRows anchor_;      // G, [templates * window, d]
+  at::Tensor followers_;  // H, likewise, float64
   GramSum edited_;
   double weight_;
 };

@@ -61,36 +61,50 @@ at::Tensor symmetrize_upper(const at::Tensor& upper) {
   return upper.triu() + upper.triu(1).transpose(0, 1);
 }
 
-GramSum::GramSum(int64_t width) : upper_(at::zeros({width, width}, at::kDouble)) {}
-
-void GramSum::add(const at::Tensor& rows, double weight) {
+SplitRows::SplitRows(const at::Tensor& rows) : exact(rows.to(at::kDouble)) {
   const int64_t n = rows.size(0);
   const int64_t d = rows.size(1);
   const int64_t k = kDirections + kExtraDirections;
-  const at::Tensor exact = rows.to(at::kDouble);
-  if (std::min(n, d) > 4 * k) {
-    at::Generator generator = at::detail::createCPUGenerator(1);
-    const at::Tensor mix = at::randn({k, n}, generator, at::TensorOptions(at::kFloat));
-    const at::Tensor found = at::matmul(mix, rows.to(at::kFloat)).to(at::kDouble);
-    const at::Tensor basis = std::get<0>(at::linalg_qr(found.transpose(0, 1)));  // [d, k]
-    const at::Tensor along = at::matmul(exact, basis);                           // [n, k]
-    const at::Tensor rest =
-        at::addmm(exact, along, basis.transpose(0, 1), 1.0, -1.0).to(at::kFloat);
-    const double left = rest.square().sum(at::kDouble).item<double>();
-    if (left <= kLeftToFloat32 * exact.square().sum().item<double>()) {
-      // (along basis^T + rest)^T (along basis^T + rest), parted by precision.
-      at::Tensor small = at::zeros({d, d}, at::kFloat);
-      add_gram_upper(small, rest, 1.0);
-      upper_.add_(small, weight);
-      const at::Tensor mixed = at::matmul(basis, at::matmul(along.transpose(0, 1), along))
-                                   .mul_(0.5)
-                                   .add_(at::matmul(rest.to(at::kDouble).transpose(0, 1), along));
-      if (!half_.defined()) half_ = at::zeros_like(upper_);
-      half_.addmm_(mixed, basis.transpose(0, 1), 1.0, weight);
-      return;
-    }
+  if (std::min(n, d) <= 4 * k) return;
+  at::Generator generator = at::detail::createCPUGenerator(1);
+  const at::Tensor mix = at::randn({k, n}, generator, at::TensorOptions(at::kFloat));
+  const at::Tensor found = at::matmul(mix, rows.to(at::kFloat)).to(at::kDouble);
+  basis = std::get<0>(at::linalg_qr(found.transpose(0, 1)));
+  along = at::matmul(exact, basis);
+  rest = at::addmm(exact, along, basis.transpose(0, 1), 1.0, -1.0).to(at::kFloat);
+  split = rest.square().sum(at::kDouble).item<double>() <=
+          kLeftToFloat32 * exact.square().sum().item<double>();
+}
+
+at::Tensor SplitRows::transposed_product(const at::Tensor& other) const {
+  if (!split) return at::matmul(exact.transpose(0, 1), other);
+  // `other` is parted along the same directions, so that float32 sees small numbers only.
+  const at::Tensor other_along = at::matmul(other, basis);
+  const at::Tensor other_rest = at::addmm(other, other_along, basis.transpose(0, 1), 1.0, -1.0);
+  at::Tensor product = at::matmul(rest.transpose(0, 1), other_rest.to(at::kFloat)).to(at::kDouble);
+  product.addmm_(at::matmul(rest.to(at::kDouble).transpose(0, 1), other_along),
+                 basis.transpose(0, 1));
+  return product.addmm_(basis, at::matmul(along.transpose(0, 1), other));
+}
+
+GramSum::GramSum(int64_t width) : upper_(at::zeros({width, width}, at::kDouble)) {}
+
+void GramSum::add(const at::Tensor& rows, double weight) {
+  const SplitRows parts(rows);
+  if (!parts.split) {
+    add_gram_upper(upper_, parts.exact, weight);
+    return;
   }
-  add_gram_upper(upper_, exact, weight);
+  // (along basis^T + rest)^T (along basis^T + rest), parted by precision.
+  at::Tensor small = at::zeros(upper_.sizes(), at::kFloat);
+  add_gram_upper(small, parts.rest, 1.0);
+  upper_.add_(small, weight);
+  const at::Tensor mixed =
+      at::matmul(parts.basis, at::matmul(parts.along.transpose(0, 1), parts.along))
+          .mul_(0.5)
+          .add_(at::matmul(parts.rest.to(at::kDouble).transpose(0, 1), parts.along));
+  if (!half_.defined()) half_ = at::zeros_like(upper_);
+  half_.addmm_(mixed, parts.basis.transpose(0, 1), 1.0, weight);
 }
 
 at::Tensor GramSum::finish() const {

@@ -67,7 +67,7 @@ def models(request: pytest.FixtureRequest, checkpoint: Any) -> tuple[Any, Any]:
 
 @pytest.fixture
 def denoiser(host: ModuleType, models: tuple[Any, Any]) -> Any:
-    """With a context map and a weight change of our own on the MODEL as it came."""
+    """With a map of what values read, and a weight change, on the MODEL as it came."""
     plain = host.ComfyDenoiser(models[0])
     name = plain.cross_attention()[-1][0]
     shape = plain.effective_weight(name).shape
@@ -77,6 +77,9 @@ def denoiser(host: ModuleType, models: tuple[Any, Any]) -> Any:
         [(name, torch.randn(shape, generator=generator) * 0.02, None)], 0.5
     )
     return edited.with_input_maps(checks.sided(edited, None, 0.1 * identity), 0.5)
+
+
+VALUES_READ = 1.05  # times the text: what that map makes of it
 
 
 @pytest.fixture
@@ -141,12 +144,14 @@ def test_gradients(denoiser: Any, asked: list[Any]) -> None:
         conditions = {}
         if pooled is not None:
             conditions["y"] = model.encode_adm(pooled_output=pooled, width=64, height=64).double()
-        patches = denoiser.patcher.model_options["transformer_options"]
+        for layer in layers:
+            value = double.get_submodule(f"{layer.removeprefix('diffusion_model.')}.to_v")
+            value.register_forward_pre_hook(lambda _module, inputs: (VALUES_READ * inputs[0],))
 
         def clean() -> torch.Tensor:
             out = double(
                 noisy / (level**2 + 1).sqrt(), model.model_sampling.timestep(sigma),
-                context=context, transformer_options=dict(patches), **conditions,
+                context=context, **conditions,
             )  # fmt: skip
             if isinstance(model.model_sampling, V_PREDICTION):
                 return noisy / (level**2 + 1) - out * level / (level**2 + 1).sqrt()

@@ -22,14 +22,29 @@ struct TextStatistics {
   void add(const TextStatistics& other, double scale = 1.0);
 };
 
-// Sum of weight f f^T over rows, as accurate as float64 products for half their cost.
+// Rows as along basis^T + rest. along and basis are float64 and hold nearly all of the energy; what
+// is left is so small that float32 products of it are exact enough.
 //
 // Text embeddings hold nearly all of their energy in a few dozen directions, and a Gram matrix
 // built in float32 alone is wrong by 1e-7 of that energy: too much for the solve. So those
 // directions are found first (randomised range finder, Halko et al. 2011, fixed seed) and
 // multiplied in float64; what is left of the rows is a thousandth of the energy, and float32
 // products of it, of which only the upper triangle is computed, are exact enough. Rows without such
-// directions are multiplied in float64 throughout.
+// directions stay float64 throughout.
+struct SplitRows {
+  // rows: [n, d], float32 or float64 on the CPU
+  explicit SplitRows(const at::Tensor& rows);
+  // rows^T other, [d, d] float64; other: [n, d] float64, rows of the same kind
+  at::Tensor transposed_product(const at::Tensor& other) const;
+
+  bool split = false;
+  at::Tensor exact;  // [n, d] float64: the rows themselves
+  at::Tensor basis;  // [d, k], only if split
+  at::Tensor along;  // [n, k], only if split
+  at::Tensor rest;   // [n, d] float32, only if split
+};
+
+// Sum of weight f f^T over rows, as accurate as float64 products for half their cost.
 class GramSum {
  public:
   explicit GramSum(int64_t width);
