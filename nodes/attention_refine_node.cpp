@@ -89,6 +89,69 @@ std::string pooled_report(const LoraExport& lora) {
          format_numbers(", which leaves out %.3g %%.", 100 * lora.residual);
 }
 
+// Of two runs with the same key only the strength and how it is applied may differ; empty: nobody
+// can say.
+std::string key_of(Denoiser& model, TextEncoder& clip, const ConceptSet& concepts,
+                   const RefinementOptions& options, const LoraLimits& limits, bool with_pooled) {
+  const std::string revision = model.revision();
+  const std::string fingerprint = clip.fingerprint();
+  if (revision.empty() || fingerprint.empty()) return {};
+  std::string key = revision + '\n' + fingerprint + '\n' + options.method + '\n' +
+                    std::string(to_string(options.read_at)) + '\n' +
+                    std::string(to_string(options.matrices)) + '\n';
+  for (const double number :
+       {options.regularization, options.preserve_weight, options.prior_weight, limits.left_out}) {
+    key += format_numbers("%.17g\n", number);
+  }
+  return key + std::to_string(options.adversarial_rounds) + '\n' + std::to_string(limits.rank) +
+         '\n' + (with_pooled ? "pooled\n" : "\n") + to_json(concepts);
+}
+
+std::shared_ptr<const RefinedEdit> refine(Denoiser& model, TextEncoder& clip,
+                                          const ConceptSet& concepts,
+                                          const RefinementOptions& options,
+                                          const LoraLimits& limits, bool with_pooled,
+                                          StatisticsCache& statistics, Progress& progress) {
+  const std::vector<TextEntry> entries = edited_entries(model, options.matrices, clip.width());
+  const at::Tensor rows = entry_rows(model, entries, progress);
+  const at::Tensor gram =
+      options.adversarial_rounds > 0 ? entry_gram(model, entries, progress) : at::Tensor();
+  const RefinementProblem problem = collect_problem(clip, concepts, options, &statistics, progress);
+  Refinement refinement = solve_refinement(problem, options, gram);
+  refinement.concepts = concepts;
+  refinement.encoder_fingerprint = clip.fingerprint();
+  refinement.encoder_samples = clip.weight_samples();
+
+  auto edit = std::make_shared<RefinedEdit>();
+  const SharedFactorization factors(refinement.delta, rows, limits.rank, progress, limits.left_out);
+  edit->relative_norm = factors.edit_norm() / rows.norm().item<double>();
+  edit->lora = export_lora(model, entries, refinement.delta, factors, limits, 1.0, progress);
+  edit->maps.push_back(text_map(refinement.delta, entries));
+  const std::vector<TextEntry> pooled =
+      with_pooled ? pooled_entries(model) : std::vector<TextEntry>();
+  if (!pooled.empty()) {
+    const RowFit fit = fit_pooled(clip, concepts, options, progress);
+    const at::Tensor delta = fit.in.defined() ? at::matmul(fit.out, fit.in) : fit.out;
+    const SharedFactorization pooled_factors(delta, entry_rows(model, pooled, progress),
+                                             limits.rank, progress, limits.left_out);
+    edit->pooled_lora = export_lora(model, pooled, delta, pooled_factors, limits, 1.0, progress);
+    edit->maps.push_back(text_map(delta, pooled));
+  }
+  edit->refinement = std::make_shared<const Refinement>(std::move(refinement));
+  return edit;
+}
+
+// The LoRA at another strength.
+LoraTensors scaled(const LoraTensors& tensors, double strength) {
+  LoraTensors out = tensors;
+  for (auto& [name, tensor] : out) {
+    if (strength != 1.0 && name.ends_with(".lora_up.weight")) {
+      tensor = tensor.to(at::kFloat).mul_(strength).to(at::kHalf);
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 const NodeSchema& AttentionRefineNode::schema() const {
@@ -103,20 +166,11 @@ const NodeSchema& AttentionRefineNode::schema() const {
                          "concept erasure"},
       .inputs =
           {
-              {.id = "model",
-               .display_name = "model",
-               .type = socket::kModel,
-               .tooltip =
-                   "The model to edit; LoRAs loaded before are taken into account. It is not "
-                   "changed itself."},
-              {.id = "clip",
-               .display_name = "clip",
-               .type = socket::kClip,
-               .tooltip = "The text encoder of the same checkpoint."},
-              {.id = "concepts",
-               .display_name = "concepts",
-               .type = socket::kConcepts,
-               .tooltip = "From Concept Set."},
+              model_input(
+                  "The model to edit; LoRAs loaded before are taken into account. It is not "
+                  "changed itself."),
+              clip_input(),
+              concepts_input(),
               {.id = "method",
                .display_name = "method",
                .type = socket::kCombo,
@@ -127,14 +181,7 @@ const NodeSchema& AttentionRefineNode::schema() const {
                    "LoRA training.",
                .default_value = std::string("uce"),
                .options = edit_method_names()},
-              {.id = "strength",
-               .display_name = "strength",
-               .type = socket::kFloat,
-               .tooltip = "0: the model as it was, 1: the computed edit. Linear in between.",
-               .default_value = 1.0,
-               .min = 0.0,
-               .max = 2.0,
-               .step = 0.05},
+              strength_input(2.0),
               {.id = "matrices",
                .display_name = "matrices",
                .type = socket::kCombo,
@@ -151,34 +198,9 @@ const NodeSchema& AttentionRefineNode::schema() const {
                .advanced = true,
                .default_value = std::string("all"),
                .options = {"all", "subject", "end_of_text"}},
-              {.id = "regularization",
-               .display_name = "regularization",
-               .type = socket::kFloat,
-               .tooltip =
-                   "Resistance to any change. Raise it when pictures break, lower it when the "
-                   "concept comes through.",
-               .advanced = true,
-               .default_value = RefinementOptions{}.regularization,
-               .min = 0.0,
-               .max = 10000.0,
-               .step = 0.01},
-              {.id = "preserve_weight",
-               .display_name = "preserve weight",
-               .type = socket::kFloat,
-               .tooltip = "Weight of a preserved phrase; an erased one counts 1.",
-               .default_value = RefinementOptions{}.preserve_weight,
-               .min = 0.0,
-               .max = 1000.0,
-               .step = 0.1},
-              {.id = "prior_weight",
-               .display_name = "prior weight",
-               .type = socket::kFloat,
-               .tooltip = "Weight of the general prior of the Concept Set.",
-               .advanced = true,
-               .default_value = RefinementOptions{}.prior_weight,
-               .min = 0.0,
-               .max = 1000.0,
-               .step = 0.1},
+              regularization_input(RefinementOptions{}.regularization),
+              preserve_weight_input(RefinementOptions{}.preserve_weight),
+              prior_weight_input(RefinementOptions{}.prior_weight),
               {.id = "adversarial_rounds",
                .display_name = "adversarial rounds",
                .type = socket::kInt,
@@ -238,69 +260,51 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
   const RefinementOptions options = read_refinement_options(inputs);
   const double strength = inputs.number("strength");
   const std::string& apply_as = inputs.string("apply_as");
+  const bool with_pooled = inputs.boolean("pooled_text");
+  const LoraLimits limits = lora_limits(inputs);
 
   // Everything that can be refused is refused before the first prompt is encoded.
   lacuna::check(options);
   lacuna::validate(concepts);
-  const std::vector<TextEntry> projections =
-      edited_entries(*model, options.matrices, clip->width());
-  if (apply_as == "weights" && !model->patchable()) {
+  edited_entries(*model, options.matrices, clip->width());
+  const bool packed = !model->patchable();
+  if (apply_as == "weights" && packed) {
     throw Error(
         "this model's weights are packed and cannot be patched exactly; set 'apply as' to "
         "conditioning");
   }
   check_phrases(*clip, concepts);
-  const std::vector<TextEntry> pooled =
-      inputs.boolean("pooled_text") ? pooled_entries(*model) : std::vector<TextEntry>();
-  const at::Tensor rows = entry_rows(*model, projections, progress);
-  const at::Tensor gram =
-      options.adversarial_rounds > 0 ? entry_gram(*model, projections, progress) : at::Tensor();
 
-  auto cache = cache_.borrow(kRefineCacheBytes);
-  const RefinementProblem problem = collect_problem(*clip, concepts, options, &*cache, progress);
-  Refinement refinement = solve_refinement(problem, options, gram);
-  refinement.concepts = concepts;
-  refinement.encoder_fingerprint = clip->fingerprint();
-  refinement.encoder_samples = clip->weight_samples();
-
-  const LoraLimits limits = lora_limits(inputs);
-  const SharedFactorization factors(refinement.delta, rows, limits.rank, progress, limits.left_out);
-  const LoraExport lora =
-      export_lora(*model, projections, refinement.delta, factors, limits, strength, progress);
-
-  std::vector<TextMap> maps{text_map(refinement.delta, projections)};
-  std::string pooled_line;
-  LoraTensors tensors = lora.tensors;
-  if (!pooled.empty()) {
-    const RowFit fit = fit_pooled(*clip, concepts, options, progress);
-    const at::Tensor delta = fit.in.defined() ? at::matmul(fit.out, fit.in) : fit.out;
-    const SharedFactorization pooled_factors(delta, entry_rows(*model, pooled, progress),
-                                             limits.rank, progress, limits.left_out);
-    const LoraExport pooled_lora =
-        export_lora(*model, pooled, delta, pooled_factors, limits, strength, progress);
-    tensors.insert(pooled_lora.tensors.begin(), pooled_lora.tensors.end());
-    maps.push_back(text_map(delta, pooled));
-    pooled_line = pooled_report(pooled_lora);
-  } else if (inputs.boolean("pooled_text")) {
-    pooled_line = "\nPooled text: this model (" + model->family() + ") reads none.";
+  auto memory = memory_.borrow(kRefineCacheBytes);
+  const std::string key = key_of(*model, *clip, concepts, options, limits, with_pooled);
+  std::shared_ptr<const RefinedEdit> edit = memory->edit;
+  if (edit == nullptr || key.empty() || key != memory->key) {
+    memory->edit.reset();
+    edit =
+        refine(*model, *clip, concepts, options, limits, with_pooled, memory->statistics, progress);
+    memory->key = key;
+    memory->edit = edit;
   }
 
-  const bool packed = !model->patchable();
   const bool as_weights = apply_as == "weights" || (apply_as == "auto" && !packed);
-  std::shared_ptr<Denoiser> erased =
-      as_weights ? model->with_weight_maps(maps, strength) : model->with_input_maps(maps, strength);
-
-  const double original_norm = rows.norm().item<double>();
-  NodeResult result;
+  std::shared_ptr<Denoiser> erased = as_weights ? model->with_weight_maps(edit->maps, strength)
+                                                : model->with_input_maps(edit->maps, strength);
+  LoraTensors tensors = scaled(edit->lora.tensors, strength);
+  if (edit->pooled_lora) tensors.merge(scaled(edit->pooled_lora->tensors, strength));
   const AppliedTo to = strength == 0.0 ? AppliedTo::kNothing
                        : as_weights    ? AppliedTo::kWeights
                        : packed        ? AppliedTo::kConditioningOfPacked
                                        : AppliedTo::kConditioning;
   std::string text =
-      report(refinement, lora, strength * factors.edit_norm() / original_norm, strength, to);
-  text += pooled_line;
+      report(*edit->refinement, edit->lora, strength * edit->relative_norm, strength, to);
+  if (edit->pooled_lora) {
+    text += pooled_report(*edit->pooled_lora);
+  } else if (with_pooled) {
+    text += "\nPooled text: this model (" + model->family() + ") reads none.";
+  }
+  NodeResult result;
   result.text = {text};
-  result.outputs = {std::move(erased), std::make_shared<const Refinement>(std::move(refinement)),
+  result.outputs = {std::move(erased), edit->refinement,
                     std::make_shared<const LoraTensors>(std::move(tensors)), std::move(text)};
   return result;
 }

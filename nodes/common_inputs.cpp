@@ -1,10 +1,104 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nodes/common_inputs.h"
 
+#include <utility>
+
 namespace lacuna {
 namespace {
 constexpr double kMayLeaveOut = 0.01;
 }  // namespace
+
+InputSpec model_input(std::string tooltip) {
+  return {.id = "model",
+          .display_name = "model",
+          .type = socket::kModel,
+          .tooltip = std::move(tooltip)};
+}
+
+InputSpec clip_input() {
+  return {.id = "clip",
+          .display_name = "clip",
+          .type = socket::kClip,
+          .tooltip = "The text encoder of the same checkpoint."};
+}
+
+InputSpec concepts_input(std::string tooltip) {
+  return {.id = "concepts",
+          .display_name = "concepts",
+          .type = socket::kConcepts,
+          .tooltip = std::move(tooltip)};
+}
+
+InputSpec strength_input(double most) {
+  return {.id = "strength",
+          .display_name = "strength",
+          .type = socket::kFloat,
+          .tooltip = "0: the model as it was, 1: the computed edit. Linear in between.",
+          .default_value = 1.0,
+          .min = 0.0,
+          .max = most,
+          .step = 0.05};
+}
+
+InputSpec regularization_input(double standard) {
+  return {.id = "regularization",
+          .display_name = "regularization",
+          .type = socket::kFloat,
+          .tooltip =
+              "Resistance to any change. Raise it when pictures break, lower it when the concept "
+              "comes through.",
+          .advanced = true,
+          .default_value = standard,
+          .min = 0.0,
+          .max = 10000.0,
+          .step = 0.01};
+}
+
+InputSpec preserve_weight_input(double standard) {
+  return {.id = "preserve_weight",
+          .display_name = "preserve weight",
+          .type = socket::kFloat,
+          .tooltip = "Weight of a preserved phrase; an erased concept counts 1.",
+          .default_value = standard,
+          .min = 0.0,
+          .max = 1000.0,
+          .step = 0.1};
+}
+
+InputSpec prior_weight_input(double standard) {
+  return {.id = "prior_weight",
+          .display_name = "prior weight",
+          .type = socket::kFloat,
+          .tooltip = "Weight of the general prior of the Concept Set.",
+          .advanced = true,
+          .default_value = standard,
+          .min = 0.0,
+          .max = 1000.0,
+          .step = 0.1};
+}
+
+InputSpec cfg_input(double standard, std::string tooltip, bool advanced) {
+  return {.id = "cfg",
+          .display_name = "cfg",
+          .type = socket::kFloat,
+          .tooltip = std::move(tooltip),
+          .advanced = advanced,
+          .default_value = standard,
+          .min = 0.0,
+          .max = 30.0,
+          .step = 0.1};
+}
+
+InputSpec side_input(std::string id, int64_t standard, std::string tooltip) {
+  return {.id = id,
+          .display_name = id,
+          .type = socket::kInt,
+          .tooltip = std::move(tooltip),
+          .default_value = standard,
+          .min = 64,
+          .max = 2048,
+          .step = 8};
+}
 
 InputSpec lora_rank_input() {
   return {.id = "lora_rank",

@@ -14,6 +14,7 @@
 #include "lacuna/files/random_stream.h"
 #include "lacuna/files/text.h"
 #include "lacuna/training/lora_bundle.h"
+#include "nodes/common_inputs.h"
 
 namespace lacuna {
 namespace {
@@ -162,19 +163,10 @@ const NodeSchema& LoraEraseNode::schema() const {
                          "concept erasure"},
       .inputs =
           {
-              {.id = "model",
-               .display_name = "model",
-               .type = socket::kModel,
-               .tooltip = "The model that went into Attention Refine, not the one that came out: "
-                          "the edit arrives through 'refinement'. It is not changed itself."},
-              {.id = "clip",
-               .display_name = "clip",
-               .type = socket::kClip,
-               .tooltip = "The text encoder of the same checkpoint."},
-              {.id = "concepts",
-               .display_name = "concepts",
-               .type = socket::kConcepts,
-               .tooltip = "From Concept Set."},
+              model_input("The model that went into Attention Refine, not the one that came out: "
+                          "the edit arrives through 'refinement'. It is not changed itself."),
+              clip_input(),
+              concepts_input(),
               {.id = "refinement",
                .display_name = "refinement",
                .type = socket::kRefinement,
@@ -255,31 +247,10 @@ const NodeSchema& LoraEraseNode::schema() const {
                .min = 1,
                .max = 200,
                .step = 1},
-              {.id = "cfg",
-               .display_name = "cfg",
-               .type = socket::kFloat,
-               .tooltip = "Guidance of drawing those pictures.",
-               .advanced = true,
-               .default_value = defaults.cfg,
-               .min = 0.0,
-               .max = 30.0,
-               .step = 0.1},
-              {.id = "width",
-               .display_name = "width",
-               .type = socket::kInt,
-               .tooltip = "Width of those pictures: what the model was made for.",
-               .default_value = defaults.width,
-               .min = 64,
-               .max = 2048,
-               .step = 8},
-              {.id = "height",
-               .display_name = "height",
-               .type = socket::kInt,
-               .tooltip = "Height of those pictures.",
-               .default_value = defaults.height,
-               .min = 64,
-               .max = 2048,
-               .step = 8},
+              cfg_input(defaults.cfg, "Guidance of drawing those pictures.", true),
+              side_input("width", defaults.width,
+                         "Width of those pictures: what the model was made for."),
+              side_input("height", defaults.height, "Height of those pictures."),
               {.id = "focal",
                .display_name = "focal timesteps",
                .type = socket::kBoolean,

@@ -117,6 +117,7 @@ class PythonDenoiser final : public Denoiser {
   WeightSamples weight_samples() override {
     return handle_.attribute<WeightSamples>("weight_samples");
   }
+  std::string revision() override { return handle_.attribute<std::string>("revision"); }
   bool patchable() override { return handle_.attribute<bool>("patchable"); }
 
   std::vector<TextEntry> text_entries() override {

@@ -345,6 +345,10 @@ class ComfyDenoiser:
         return self._identity.fingerprint
 
     @property
+    def revision(self) -> str:
+        return str(self.patcher.patches_uuid)  # another one with every patch, and every load
+
+    @property
     def weight_samples(self) -> dict[str, list[float]]:
         return self._identity.samples
 

@@ -201,6 +201,7 @@ class DiffusersDenoiser:
 
     family = "SD1.x"
     patchable = True
+    revision = ""  # one graph, one run: nothing is asked for twice
 
     @property
     def fingerprint(self) -> str:

@@ -415,6 +415,76 @@ TEST_P(AttentionRefineTest, SameInputsSameResultAndStrengthNeedsNoEncoding) {
   EXPECT_LT(relative_difference(refinement_of(third).delta, refinement_of(first).delta), 1e-12);
 }
 
+// What a strength does not change is kept, for as long as the model's weights are the same.
+TEST_P(AttentionRefineTest, AnotherStrengthComputesNothingAnew) {
+  const auto lora_of = [](const NodeResult& result) {
+    return *std::get<std::shared_ptr<const LoraTensors>>(result.outputs[2]);
+  };
+  const std::string up = model_->projections_.front().lora_name + ".lora_up.weight";
+  model_->revision_ = "first";
+  const NodeResult first = run();
+  const NodeResult half = run({{"strength", 0.5}});
+  EXPECT_EQ(&refinement_of(half), &refinement_of(first)) << "the same edit";
+  AttentionRefineNode fresh;
+  const NodeResult anew =
+      fresh.run(NodeInputs(fresh.schema(), inputs({{"strength", 0.5}})), progress_);
+  EXPECT_NE(&refinement_of(anew), &refinement_of(first));
+  for (const auto& [name, weight] : model_of(anew)->weights_) {
+    EXPECT_TRUE(at::equal(model_of(half)->weights_.at(name), weight)) << name;
+  }
+  EXPECT_LT(relative_difference(lora_of(half).at(up), 0.5 * lora_of(first).at(up).to(at::kFloat)),
+            1e-3);
+  EXPECT_EQ(report_of(half), report_of(anew));
+
+  for (auto& [name, weight] : model_->weights_) weight = 2 * weight;  // a LoRA upstream, say
+  model_->revision_ = "second";
+  const NodeResult other = run();
+  EXPECT_NE(&refinement_of(other), &refinement_of(first));
+  EXPECT_GT(relative_difference(lora_of(other).at(up), lora_of(first).at(up)), 0.1);
+  EXPECT_NE(&refinement_of(run({{"lora_rank", int64_t{1}}})), &refinement_of(other));
+  model_->revision_ = "";  // nobody can say: never kept
+  EXPECT_NE(&refinement_of(run()), &refinement_of(run()));
+}
+
+// SDXL's pooled vector: edited in its own columns, and only when asked.
+TEST_P(AttentionRefineTest, PooledTextIsAnotherStream) {
+  class Encoder final : public FakeTextEncoder {
+   public:
+    using FakeTextEncoder::FakeTextEncoder;
+    TextEmbedding embed(const std::vector<std::string>& prompts) override {
+      const at::Tensor context = encode(prompts);
+      return {context, context.select(1, 76).narrow(1, 0, 12).clone()};
+    }
+  };
+  const auto encoder = std::make_shared<Encoder>(16, device());
+  const Values with{{"clip", std::shared_ptr<TextEncoder>(encoder)}, {"pooled_text", true}};
+  EXPECT_NE(report_of(run(with)).find("Pooled text: this model (SD1.x) reads none"),
+            std::string::npos);
+  model_->weights_["label_emb"] =
+      testing::random_matrix(20, 15).to(at::TensorOptions(at::kFloat).device(device()));
+  model_->projections_.push_back({.name = "label_emb",
+                                  .lora_name = "lora_unet_label_emb",
+                                  .role = EntryRole::kInput,
+                                  .stream = std::string(kPooledStream),
+                                  .first_column = 0,
+                                  .columns = 12});
+  const at::Tensor base = model_->weights_.at("label_emb");
+  EXPECT_TRUE(at::equal(model_of(run())->weights_.at("label_emb"), base)) << "not asked for";
+  const NodeResult result = run(with);
+  const at::Tensor change = model_of(result)->weights_.at("label_emb") - base;
+  EXPECT_GT(change.narrow(1, 0, 12).norm().item<double>(), 0.01 * base.norm().item<double>());
+  EXPECT_EQ(change.narrow(1, 12, 3).abs().max().item<double>(), 0.0);
+  EXPECT_NE(report_of(result).find("Pooled text: edited"), std::string::npos);
+  const auto& lora = *std::get<std::shared_ptr<const LoraTensors>>(result.outputs[2]);
+  const at::Tensor product =
+      at::matmul(lora.at("lora_unet_label_emb.lora_up.weight").to(at::kFloat),
+                 lora.at("lora_unet_label_emb.lora_down.weight").to(at::kFloat));
+  EXPECT_EQ(product.size(1), 15);
+  EXPECT_LT(relative_difference(product, change.cpu()), 0.011);
+  EXPECT_NE(message_of([&] { run({{"pooled_text", true}}); }).find("CLIP gives none"),
+            std::string::npos);
+}
+
 TEST_P(AttentionRefineTest, RefusesBeforeAnyPromptIsEncoded) {
   const auto refuse = [&](Values more, const std::string& expected) {
     const std::string message = message_of([&] { run(std::move(more)); });

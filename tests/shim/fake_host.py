@@ -47,6 +47,7 @@ class FakeDenoiser:
     fingerprint = "fake"
     weight_samples: ClassVar[dict[str, list[float]]] = {}
     patchable = True
+    revision = ""
 
     def __init__(self, width: int = 16, weights: dict[str, torch.Tensor] | None = None) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -54,9 +55,16 @@ class FakeDenoiser:
             f"layer.to_{role}": torch.randn(8, width, generator=generator) for role in "kv"
         }
 
-    def cross_attention(self) -> list[tuple[str, str, str]]:
+    def text_entries(self) -> list[tuple[str, str, str, str, int, int]]:
         return [
-            (name, "lora_unet_" + name.replace(".", "_"), "key" if name.endswith("k") else "value")
+            (
+                name,
+                "lora_unet_" + name.replace(".", "_"),
+                "key" if name.endswith("k") else "value",
+                "context",
+                0,
+                0,
+            )
             for name in self.weights
         ]
 
@@ -67,6 +75,14 @@ class FakeDenoiser:
         weights = dict(self.weights)
         for name, up, down in deltas:
             weights[name] = weights[name] + strength * (up if down is None else up @ down)
+        return FakeDenoiser(weights=weights)
+
+    def with_weight_maps(self, maps: list, strength: float) -> FakeDenoiser:
+        weights = dict(self.weights)
+        for entries, out, inner in maps:
+            delta = out if inner is None else out @ inner
+            for name, _first, _columns in entries:
+                weights[name] = weights[name] + strength * weights[name] @ delta
         return FakeDenoiser(weights=weights)
 
     noise_levels = torch.linspace(0.03, 14.0, 1000)

@@ -152,6 +152,8 @@ class Denoiser {
   virtual std::string family() = 0;                      // "SD1.x", ... for messages
   virtual std::string fingerprint() = 0;                 // hash of the cross-attention base weights
   virtual WeightSamples weight_samples() { return {}; }  // of the same weights, by LoRA name
+  // Equal for two models only if all their effective weights are equal; empty: cannot say.
+  virtual std::string revision() { return {}; }
   // False when weights are stored packed, so that a patch cannot be merged exactly (GGUF, 4-bit).
   virtual bool patchable() = 0;
   // Those of cross-attention layer by layer, key before value; empty when Lacuna knows of none.

@@ -45,6 +45,7 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
   std::string family() override { return family_; }
   std::string fingerprint() override { return fingerprint_; }
   WeightSamples weight_samples() override { return samples_; }
+  std::string revision() override { return revision_; }
   bool patchable() override { return patchable_; }
   std::vector<TextEntry> text_entries() override { return projections_; }
   at::Tensor effective_weight(const std::string& name) override { return weights_.at(name); }
@@ -63,6 +64,7 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
                     const std::function<void(int64_t, int64_t)>& on_step) override;
 
   std::string fingerprint_ = "fake-model";
+  std::string revision_;
   WeightSamples samples_;
   std::string family_ = "SD1.x";
   bool patchable_ = true;
