@@ -287,6 +287,9 @@ class AttentionRefineTest : public testing::DeviceTest {
     return std::dynamic_pointer_cast<FakeDenoiser>(
         std::get<std::shared_ptr<Denoiser>>(result.outputs[0]));
   }
+  static std::string report_of(const NodeResult& result) {
+    return std::get<std::string>(result.outputs[3]);
+  }
   static const Refinement& refinement_of(const NodeResult& result) {
     return *std::get<std::shared_ptr<const Refinement>>(result.outputs[1]);
   }
