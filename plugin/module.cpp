@@ -149,6 +149,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using namespace lacuna;
   module.doc() = "Lacuna's native core for torch " LACUNA_TORCH_VERSION;
   module.attr("__version__") = LACUNA_VERSION;
+  module.attr("host_interface") = kHostInterface;
   module.attr("torch_version") = LACUNA_TORCH_VERSION;
   py::register_local_exception<Error>(module, "LacunaError", PyExc_ValueError);
 

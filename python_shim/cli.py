@@ -115,8 +115,11 @@ def apply_setting(workflow: dict[str, Any], setting: str) -> None:
         )
     node = workflow[_find_node(workflow, name)]
     inputs = node.setdefault("inputs", {})
+    defaults = {item["id"]: item["default"] for item in _widgets(node["class_type"])}
+    if key not in inputs and key in defaults:  # a workflow of an earlier version
+        inputs[key] = defaults[key]
     if key not in inputs:
-        known = ", ".join(inputs) or "none"
+        known = ", ".join(dict.fromkeys([*inputs, *defaults])) or "none"
         raise HostError(
             f'Node {name} ({node["class_type"]}) has no input "{key}" in this workflow; '
             f"it has: {known}."
@@ -140,7 +143,10 @@ def _find_node(workflow: dict[str, Any], name: str) -> str:
     ]
     if len(matches) == 1:
         return matches[0]
-    known = ", ".join(f"{node_id} ({node['class_type']})" for node_id, node in workflow.items())
+    titles = {k: node.get("_meta", {}).get("title") for k, node in workflow.items()}
+    known = ", ".join(
+        f"{k} ({titles[k] or workflow[k]['class_type']})" for k in matches or workflow
+    )
     problem = "Several nodes are" if matches else "No node is"
     raise HostError(f'{problem} called "{name}"; use one of these ids: {known}.')
 
@@ -215,7 +221,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     inputs = {"concepts": concept_text, "kind": options.kind}
     if options.preserve:
         inputs["preserve"] = read_text(options.preserve)
-    concepts = pack.run("LacunaConceptSet", inputs)[0]
+    concepts, *_, understood = pack.run("LacunaConceptSet", inputs)
+    sys.stderr.write(f"{understood}\n")
     widgets = {item["id"]: getattr(options, item["id"]) for item in _widgets(_EVALUATE)}
     widgets["prompt_file"] = prompt_file.name
     pack.validate(_EVALUATE, widgets)
@@ -266,8 +273,8 @@ _HELP = {  # where the node's tooltip speaks of ComfyUI
 
 def _widgets(node: str) -> list[dict[str, Any]]:
     schemas = json.loads(Path(__file__).with_name("node_schemas.json").read_text("utf-8"))
-    schema = next(item for item in schemas if item["id"] == node)
-    return [item for item in schema["inputs"] if "default" in item]
+    inputs = next((item["inputs"] for item in schemas if item["id"] == node), [])
+    return [item for item in inputs if "default" in item]
 
 
 def _make_folder(path: Path) -> None:
@@ -460,3 +467,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'A file'}: {error.strerror}."
     return f"Unexpected {type(error).__name__}: {brief(error)} (run again with --debug for details)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

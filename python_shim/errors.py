@@ -22,7 +22,7 @@ def brief(text: object, longest: int = _ASIDE) -> str:
 def read_text(path: Path, missing: str = "There is no file {}.") -> str:
     """A text file in UTF-8; every way to fail is a sentence."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no text
     except FileNotFoundError:
         raise HostError(missing.format(path)) from None
     except IsADirectoryError:

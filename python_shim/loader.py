@@ -17,6 +17,8 @@ from types import ModuleType
 
 import torch
 
+# What the module asks of the hosts here; the same number stands in plugin/python_host.h.
+HOST_INTERFACE = 2
 HERE = Path(__file__).resolve().parent
 
 
@@ -111,6 +113,8 @@ def _load() -> ModuleType | str:
         loader.exec_module(module)
     except (ImportError, OSError) as error:
         return _explain(f"{file.name} could not be loaded ({error})")
+    if getattr(module, "host_interface", None) != HOST_INTERFACE:
+        return _explain(f"{file.name} was built from another version of these files")
     sys.modules[name] = module
     return module
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lacuna/concepts/concept_set.h"
 
+#include <ctime>
 #include <random>
 
 #include "lacuna/concepts/typed_list.h"
@@ -389,6 +390,84 @@ TEST_F(ConceptFuzz, MutatedFilesAreErrorsOrSets) {
     }
   }
   EXPECT_GT(errors, 1000);
+}
+
+// What strangers pasted and was misread, or froze the program (issue 15, second look).
+std::string read_as(const std::string& text, std::string* told = nullptr) {
+  ReadingNotes notes;
+  std::string out;
+  try {
+    for (const Concept& item : parse_concepts(text, {}, &notes).concepts) {
+      out += "[" + item.target + " -> " + item.anchor;
+      for (const std::string& synonym : item.synonyms) out += " | " + synonym;
+      out += "]";
+    }
+  } catch (const Error& error) {
+    out = std::string("!") + error.what();
+  }
+  if (told != nullptr) *told = notes.text();
+  return out;
+}
+
+TEST(PastedLists, ArrowsBehindBarsAndQuotesAroundLines) {
+  EXPECT_EQ(read_as("owl | hoot -> bird"), "[owl -> bird | hoot]");
+  EXPECT_NE(read_as("x -> y | z -> w").find("more than one '->'"), std::string::npos);
+  for (const char* line :
+       {"\"owl -> bird\",", "“owl → bird”", "**owl -> bird**", "'owl -> bird'"}) {
+    EXPECT_EQ(read_as(line), "[owl -> bird]") << line;
+  }
+  EXPECT_EQ(read_as("owl | \"a, b\", c"), "[owl -> scenery | a, b | c]");
+  EXPECT_NE(read_as("| owl | bird |").find("table"), std::string::npos);
+}
+
+TEST(PastedLists, MoreArrowsBulletsAndNumbers) {
+  for (const char* arrow : {">>", ">>>", "~>", "»", "▶", "―>", "──▶", "↠", "⇝", "👉", "➥"}) {
+    EXPECT_EQ(read_as(std::string("owl ") + arrow + " bird"), "[owl -> bird]") << arrow;
+  }
+  for (const char* list : {"1.) owl\n2.) cat", "１．owl\n２．cat", "（1）owl\n（2）cat",
+                           "・owl\n・cat", "•\towl\n•\tcat", "1.\towl\n2.\tcat", "☑ owl\n☑ cat"}) {
+    std::string told;
+    EXPECT_EQ(read_as(list, &told), "[owl -> scenery][cat -> scenery]") << list;
+    EXPECT_EQ(told.find("tab"), std::string::npos) << told;
+  }
+}
+
+TEST(PastedLists, WhatIsLeftOutIsTold) {
+  std::string told;
+  EXPECT_EQ(read_as("owl\n#cat\n# a note\n#dog", &told), "[owl -> scenery]");
+  EXPECT_NE(told.find("Lines 2, 4: left out as a comment"), std::string::npos) << told;
+  read_as("pizza # 1 -> x", &told);
+  EXPECT_NE(told.find("'1 -> x' and all"), std::string::npos) << told;
+  read_as("owl\tbird # c", &told);
+  EXPECT_NE(told.find("has a tab inside"), std::string::npos) << told;
+  EXPECT_EQ(read_as(std::string("ow\0l", 4), &told), "[owl -> scenery]");
+  EXPECT_NE(told.find("invisible characters left out"), std::string::npos) << told;
+}
+
+TEST(PastedLists, AreReadInLinearTimeAndToldOnOneScreen) {
+  std::string hard, arrows;
+  for (int i = 0; i < 1000; ++i) {
+    hard += "(:" + std::string(1990, '1') + std::to_string(i) + "\n";
+    arrows +=
+        "owl" + std::to_string(i) + " " + std::string(1 + static_cast<size_t>(i), '-') + "> x\n";
+  }
+  const auto begin = std::clock();
+  read_as(hard);
+  EXPECT_LT(static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC, 10.0);  // was 300
+  std::string told;
+  read_as(arrows, &told);
+  EXPECT_LT(told.size(), 2000u);
+}
+
+TEST(PastedLists, PromptSyntaxIsStillRefusedAndNamesAreNot) {
+  for (const char* line : {"(owl:1.3)", "a (owl : -.5 ) b", "<lora:x:1>", "{owl|ship}",
+                           "a __animals__", "[owl, cat]", "((owl))", "<hypernet:a>"}) {
+    EXPECT_NE(read_as(line).find("prompt syntax"), std::string::npos) << line;
+  }
+  for (const char* line :
+       {"owl (bird)", "owl (c: x)", "a_b__c", "a <b c:d>", "3 < 4 > 2", "__ a"}) {
+    EXPECT_EQ(read_as(line).find("prompt syntax"), std::string::npos) << line;
+  }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lacuna/concepts/concept_set.h"
 
+#include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -40,10 +41,13 @@ std::string read_anchor(const ConceptDefaults& defaults) {
 std::vector<std::string> split_synonyms(std::string_view text) {
   constexpr std::array<std::string_view, 5> kSeparators{",", "，", "、", ";", "；"};
   std::vector<std::string> synonyms(1);
+  const bool paired = std::count(text.begin(), text.end(), '"') % 2 == 0;
+  bool quoted = false;
   while (!text.empty()) {
     size_t size = 0;
+    if (paired && text.starts_with('"')) quoted = !quoted;
     for (const std::string_view mark : kSeparators) {
-      if (text.starts_with(mark)) size = mark.size();
+      if (!quoted && text.starts_with(mark)) size = mark.size();
     }
     if (size > 0) {
       synonyms.emplace_back();
@@ -72,15 +76,34 @@ Concept read_line(const TypedLine& line, const std::string& where, const Concept
   const auto phrase = [&](std::string_view text) {
     return typed_phrase(text, line.number, where, notes);
   };
-  std::string_view body = line.text;
+  const std::string text = unquoted(line.text, line.number, notes);
+  std::string_view body = text;
   refuse_prompt_syntax(body, where);
+  const auto anchor_after = [&](std::string_view part, const ArrowPlace& arrow) {
+    const std::string_view after = part.substr(arrow.begin + arrow.size);
+    if (find_arrow(after, where)) throw fail("more than one '->'");
+    const std::string_view typed = part.substr(arrow.begin, arrow.size);
+    if (typed != "->") {
+      notes.understood(line.number, in_quotes(typed, 40) + " read as '->'");
+    }
+    std::string anchor = phrase(after);
+    if (anchor.empty()) throw fail("nothing after '->'");
+    return anchor;
+  };
   Concept item;
   item.kind = defaults.kind;
   item.templates = defaults.templates;
   item.comment = line.comment;
   if (const auto [bar, size] = find_bar(body); size > 0) {
-    const std::string_view after = body.substr(bar + size);
-    if (find_bar(after).second > 0) throw fail("more than one '|'");
+    std::string_view after = body.substr(bar + size);
+    if (find_bar(after).second > 0) {
+      throw fail("more than one '|' (of a table, copy the column of words)");
+    }
+    if (const auto arrow = find_arrow(after, where)) {
+      if (find_arrow(body.substr(0, bar), where)) throw fail("more than one '->'");
+      item.anchor = anchor_after(after, *arrow);
+      after = after.substr(0, arrow->begin);
+    }
     if (size > 1) notes.understood(line.number, "'｜' read as '|'");
     if (after.find("，") != std::string_view::npos || after.find("、") != std::string_view::npos ||
         after.find(';') != std::string_view::npos || after.find("；") != std::string_view::npos) {
@@ -95,16 +118,9 @@ Concept read_line(const TypedLine& line, const std::string& where, const Concept
     body = body.substr(0, bar);
   }
   if (const auto arrow = find_arrow(body, where)) {
-    const std::string_view after = body.substr(arrow->begin + arrow->size);
-    if (find_arrow(after, where)) throw fail("more than one '->'");
-    const std::string_view typed = body.substr(arrow->begin, arrow->size);
-    if (typed != "->") {
-      notes.understood(line.number, "'" + std::string(typed) + "' read as '->'");
-    }
-    item.anchor = phrase(after);
-    if (item.anchor.empty()) throw fail("nothing after '->'");
+    item.anchor = anchor_after(body, *arrow);
     body = body.substr(0, arrow->begin);
-  } else {
+  } else if (item.anchor.empty()) {
     item.anchor = read_anchor(defaults);
   }
   item.target = phrase(body);

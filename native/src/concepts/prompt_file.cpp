@@ -162,8 +162,9 @@ class Parser {
   std::vector<FilePrompt> checked(std::vector<FilePrompt> prompts) const {
     for (const FilePrompt& prompt : prompts) {
       if (prompt.text.empty()) throw Error(where(prompt.line) + " has an empty prompt");
-      if (static_cast<int64_t>(prompt.text.size()) > kLongestPrompt) {
-        throw Error(where(prompt.line) + " has a prompt of " + std::to_string(prompt.text.size()) +
+      const auto characters = static_cast<int64_t>(count_characters(prompt.text));
+      if (characters > kLongestPrompt) {
+        throw Error(where(prompt.line) + " has a prompt of " + std::to_string(characters) +
                     " characters, and " + std::to_string(kLongestPrompt) +
                     " is the limit; is it one prompt a line?");
       }

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
-#include <regex>
 
 #include "lacuna/error.h"
 #include "lacuna/files/json_text.h"
@@ -17,12 +16,14 @@ namespace {
 
 constexpr size_t kMaxListBytes = 4u << 20;
 constexpr size_t kMostLines = 10'000;
-constexpr size_t kMostNotes = 5;  // doubts told, and lines named for each
+constexpr size_t kMostNotes = 5;   // doubts told, and lines named for each
+constexpr size_t kMostKinds = 12;  // of what was understood
 
 constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
 constexpr std::array<std::string_view, 7> kLooseBullets{"-", "*", "+", "–", "—", ">", "−"};
-constexpr std::array<std::string_view, 16> kBullets{"•", "‣", "◦", "▪", "▫", "●", "○", "■",
-                                                    "□", "∙", "⁃", "►", "▸", "✓", "✔", "☐"};
+constexpr std::array<std::string_view, 24> kBullets{
+    "•", "‣", "◦", "▪", "▫", "●", "○",  "■", "□", "∙",  "⁃", "►",
+    "▸", "▶", "➤", "➢", "✓", "✔", "✅", "☐", "☑", "・", "·", "\xEF\x82\xB7"};  // the last: Word's
 constexpr std::array<std::string_view, 5> kSeparators{",", ";", "，", "、", "；"};
 constexpr std::array<std::string_view, 3> kCommas{",", "，", "、"};
 constexpr std::array<std::pair<std::string_view, std::string_view>, 20> kQuotes{{
@@ -31,9 +32,9 @@ constexpr std::array<std::pair<std::string_view, std::string_view>, 20> kQuotes{
     {"『", "』"}, {"＂", "＂"}, {"＇", "＇"}, {"`", "`"}, {"**", "**"}, {"*", "*"},
 }};
 // Strokes and heads of arrows that are typed; "&gt;" comes from web pages.
-constexpr std::array<std::string_view, 10> kStrokes{"-", "=", "–", "—",  "−",
-                                                    "─", "━", "‐", "－", "＝"};
-constexpr std::array<std::string_view, 4> kHeads{">", "＞", "›", "&gt;"};
+constexpr std::array<std::string_view, 12> kStrokes{"-", "=", "–", "—", "−",  "―",
+                                                    "─", "━", "‐", "~", "－", "＝"};
+constexpr std::array<std::string_view, 9> kHeads{">", "＞", "›", "»", "❯", "▶", "►", "▸", "&gt;"};
 
 template <size_t N>
 std::string_view prefix_in(std::string_view text, const std::array<std::string_view, N>& prefixes) {
@@ -51,8 +52,10 @@ std::string_view trimmed(std::string_view text) {
 
 bool is_right_arrow(char32_t c) {
   return c == 0x2192 || c == 0x21a6 || c == 0x21d2 || c == 0x21e2 || c == 0x21e8 || c == 0x2794 ||
-         (c >= 0x2799 && c <= 0x27a1) || (c >= 0x27a8 && c <= 0x27af) ||
-         (c >= 0x27b1 && c <= 0x27be) || c == 0x27f6 || c == 0x27f9 || c == 0x27fc || c == 0x27fe ||
+         c == 0x219d || c == 0x21a0 || c == 0x21a3 || c == 0x21aa || c == 0x21c9 || c == 0x21db ||
+         c == 0x21dd || c == 0x21fe || (c >= 0x2799 && c <= 0x27af) ||
+         (c >= 0x27b1 && c <= 0x27be) || c == 0x2964 || c == 0x1f449 || c == 0x1f812 ||
+         c == 0x1f816 || c == 0x1f81a || c == 0x27f6 || c == 0x27f9 || c == 0x27fc || c == 0x27fe ||
          c == 0x2b62 || c == 0x2b95 || c == 0xffeb || c == 0x1f852 || c == 0x1f87a;
 }
 
@@ -78,16 +81,6 @@ bool is_fence(std::string_view line) {
          line.find_first_of(" `~", 3) == std::string_view::npos;
 }
 
-bool has_invisible(std::string_view text) {
-  // Zero-width space, word joiner, byte-order mark, directions.
-  constexpr std::array<std::string_view, 8> kInvisible{
-      "\xE2\x80\x8B", "\xE2\x81\xA0", "\xEF\xBB\xBF", "\xE2\x80\x8E",
-      "\xE2\x80\x8F", "\xE2\x80\xAA", "\xE2\x80\xAB", "\xE2\x80\xAC"};
-  return std::any_of(kInvisible.begin(), kInvisible.end(), [&](std::string_view mark) {
-    return text.find(mark) != std::string_view::npos;
-  });
-}
-
 std::string_view without_bullet(std::string_view text) {
   std::string_view rest = text;
   if (const std::string_view mark = prefix_in(text, kBullets); !mark.empty()) {
@@ -110,18 +103,22 @@ struct LineNumber {
   bool spaced = false;
 };
 std::optional<LineNumber> line_number(std::string_view text) {
-  const bool bracket = text.starts_with('(');
-  size_t at = bracket ? 1 : 0;
+  const std::string_view bracket = prefix_in(text, std::array<std::string_view, 2>{"(", "（"});
+  size_t at = bracket.size();
   LineNumber number;
-  const size_t begin = at;
-  for (; at < text.size() && text[at] >= '0' && text[at] <= '9' && at - begin < 5; ++at) {
-    number.value = 10 * number.value + (text[at] - '0');
+  int digits = 0;
+  for (; digits < 5; ++digits) {
+    auto [bytes, code] = first_character(text.substr(at));
+    if (code >= 0xff10 && code <= 0xff19) code = code - 0xff10 + '0';  // full-width
+    if (bytes == 0 || code < '0' || code > '9') break;
+    number.value = 10 * number.value + static_cast<int>(code - '0');
+    at += bytes;
   }
-  if (at == begin) return std::nullopt;
+  if (digits == 0) return std::nullopt;
   const std::string_view mark =
-      bracket
-          ? prefix_in(text.substr(at), std::array<std::string_view, 1>{")"})
-          : prefix_in(text.substr(at), std::array<std::string_view, 5>{".", ")", "．", "）", "、"});
+      bracket.empty() ? prefix_in(text.substr(at),
+                                  std::array<std::string_view, 6>{".)", ".", ")", "．", "）", "、"})
+                      : prefix_in(text.substr(at), std::array<std::string_view, 2>{")", "）"});
   if (mark.empty()) return std::nullopt;
   at += mark.size();
   number.spaced = text.substr(at).starts_with(' ');
@@ -130,6 +127,19 @@ std::optional<LineNumber> line_number(std::string_view text) {
   if (rest.empty() || (!number.spaced && rest[0] >= '0' && rest[0] <= '9')) return std::nullopt;
   number.bytes = text.size() - rest.size();
   return number;
+}
+
+// Whether a tab stands between words, and not behind a bullet or the number of a line.
+bool has_columns(std::string_view line) {
+  const size_t begin = line.find_first_not_of(" \t");
+  const size_t end = line.find_last_not_of(" \t\r");
+  if (begin == std::string_view::npos) return false;
+  size_t tab = line.find('\t', begin);
+  if (tab == std::string_view::npos) return false;
+  const std::string head = normalize_phrase(line.substr(begin, tab - begin));
+  const bool bullet = prefix_in(head, kBullets) == head || prefix_in(head, kLooseBullets) == head;
+  if (bullet || line_number(head + " x")) tab = line.find('\t', line.find_first_not_of(" \t", tab));
+  return tab < end;
 }
 
 // Only a list whose lines all count: "1. FC Union" alone is a name.
@@ -154,6 +164,80 @@ void take_numbers(std::vector<TypedLine>& lines, ReadingNotes& notes) {
                       " is read with its number; delete the number if it only counts the lines");
     }
   }
+}
+
+bool is_number(std::string_view text) {
+  if (text.starts_with('-') || text.starts_with('+')) text.remove_prefix(1);
+  const size_t digits = text.find_first_not_of("0123456789");
+  if (digits == std::string_view::npos) return !text.empty();
+  return text[digits] == '.' && digits + 1 < text.size() &&
+         text.find_first_not_of("0123456789", digits + 1) == std::string_view::npos;
+}
+
+bool is_word(std::string_view text) {
+  return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+  });
+}
+
+// What an innermost pair of brackets holds, judged by `syntax`; the whole pair, or empty. Linear:
+// lists are pasted by the megabyte.
+template <typename Syntax>
+std::string_view bracketed(std::string_view text, std::string_view brackets, Syntax syntax) {
+  size_t open = std::string_view::npos;
+  for (size_t i = text.find_first_of(brackets); i != std::string_view::npos;
+       i = text.find_first_of(brackets, i + 1)) {
+    if (text[i] == brackets[0]) {
+      open = i;
+    } else if (open != std::string_view::npos) {
+      if (syntax(text.substr(open + 1, i - open - 1))) return text.substr(open, i + 1 - open);
+      open = std::string_view::npos;
+    }
+  }
+  return {};
+}
+
+// __animals__: a wildcard.
+std::string_view wildcard(std::string_view text) {
+  constexpr std::string_view kName =
+      "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789/_-";
+  for (size_t at = text.find("__"); at != std::string_view::npos;) {
+    const size_t end = std::min(text.size(), text.find_first_not_of(kName, at));
+    const size_t close = text.substr(0, end).rfind("__");
+    if (close >= at + 3) return text.substr(at, close + 2 - at);
+    at = text.find("__", end);
+  }
+  return {};
+}
+
+// The first that is found of <lora:x:1>, (owl:1.3), {owl|ship}, __animals__, [owl:ship:0.5],
+// ((owl)).
+std::string_view prompt_syntax(std::string_view text) {
+  if (const auto found = bracketed(text, "<>",
+                                   [](std::string_view inside) {
+                                     return is_word(inside.substr(0, inside.find(':'))) &&
+                                            inside.find(':') != std::string_view::npos;
+                                   });
+      !found.empty()) {
+    return found;
+  }
+  if (const auto found = bracketed(text, "()",
+                                   [](std::string_view inside) {
+                                     const size_t colon = inside.rfind(':');
+                                     return colon != std::string_view::npos &&
+                                            is_number(trimmed(inside.substr(colon + 1)));
+                                   });
+      !found.empty()) {
+    return found;
+  }
+  if (const auto found = bracketed(text, "{}", [](std::string_view) { return true; });
+      !found.empty()) {
+    return found;
+  }
+  if (const auto found = wildcard(text); !found.empty()) return found;
+  const bool whole = (text.starts_with('[') && text.ends_with(']')) ||
+                     (text.size() > 3 && text.starts_with("((") && text.ends_with("))"));
+  return whole ? text : std::string_view{};
 }
 
 bool is_one_of(std::string_view body, size_t at, std::initializer_list<std::string_view> starts) {
@@ -181,7 +265,8 @@ void ReadingNotes::doubt(size_t line, const std::string& sentence) {
 
 std::string ReadingNotes::text() const {
   std::string out;
-  for (const Note& note : understood_) {
+  for (size_t kind = 0; kind < std::min(understood_.size(), kMostKinds); ++kind) {
+    const Note& note = understood_[kind];
     out += out.empty() ? "" : "\n";
     out += note.lines.size() == 1 ? "Line " : "Lines ";
     for (size_t i = 0; i < std::min(note.lines.size(), kMostNotes); ++i) {
@@ -191,6 +276,10 @@ std::string ReadingNotes::text() const {
       out += " and " + std::to_string(note.lines.size() - kMostNotes) + " more";
     }
     out += ": " + note.what + ".";
+  }
+  if (understood_.size() > kMostKinds) {
+    out +=
+        "\nAnd " + std::to_string(understood_.size() - kMostKinds) + " more readings like these.";
   }
   for (size_t i = 0; i < std::min(doubts_.size(), kMostNotes); ++i) {
     out += out.empty() ? "" : "\n";
@@ -269,7 +358,17 @@ std::vector<TypedLine> typed_lines(std::string_view body, const std::string& lis
     ++number;
     const auto [said, comment] = split_comment(line);
     std::string clean = normalize_phrase(said);
-    if (clean.empty() || clean.starts_with('#')) continue;
+    const std::string left_out = normalize_phrase(comment);
+    if (clean.empty() || clean.starts_with('#')) {
+      if (!comment.empty() && comment.front() != ' ' && comment.front() != '\t') {
+        notes.understood(number, "left out as a comment, for its '#'");
+      }
+      continue;
+    }
+    if (left_out.find("->") != std::string::npos || left_out.find('|') != std::string::npos) {
+      notes.doubt(number, "what follows '#' is left out as a comment, " + in_quotes(left_out, 40) +
+                              " and all");
+    }
     if (is_ruled(clean)) {
       notes.understood(number, "a ruled line left out");
       continue;
@@ -290,18 +389,16 @@ std::vector<TypedLine> typed_lines(std::string_view body, const std::string& lis
       clean = std::string(end);
       notes.understood(number, "separators at the end left out");
     }
-    if (line.find('\t', line.find_first_not_of(" \t")) < line.find_last_not_of(" \t\r")) {
-      if (comment.empty()) {
-        notes.doubt(number, in_quotes(clean) +
-                                " has a tab inside, read as a space; write target -> anchor if "
-                                "these are two columns");
-      }
+    if (has_columns(said)) {
+      notes.doubt(number, in_quotes(clean) +
+                              " has a tab inside, read as a space; write target -> anchor if "
+                              "these are two columns");
     }
     if (has_invisible(said)) notes.understood(number, "invisible characters left out");
     if (lines.size() >= kMostLines) {
       throw Error(list + " has more than " + std::to_string(kMostLines) + " entries");
     }
-    lines.push_back({number, std::move(clean), normalize_phrase(comment)});
+    lines.push_back({number, std::move(clean), left_out});
   }
   take_numbers(lines, notes);
   return lines;
@@ -334,29 +431,14 @@ bool has_words(std::string_view phrase) {
 }
 
 void refuse_prompt_syntax(std::string_view text, const std::string& where) {
-  if (text.find_first_of("<({[_") == std::string_view::npos) return;
-  // std::regex recurses on long lines, and phrases are short.
-  const std::string_view head = text.substr(0, 2'000);
-  static const std::array<std::regex, 5> patterns{
-      std::regex("<[A-Za-z]+:[^<>]*>"),                          // <lora:x:1>
-      std::regex("\\([^()]*:[ ]*[-+]?[0-9]*\\.?[0-9]+[ ]*\\)"),  // (owl:1.3)
-      std::regex("\\{[^{}]*\\}"),                                // {owl|ship}
-      std::regex("__[A-Za-z0-9/_-]+__"),                         // __animals__
-      std::regex("^(\\[.*\\]|\\(\\(.*\\)\\))$"),                 // [owl:ship:0.5], ((owl))
-  };
-  std::match_results<std::string_view::const_iterator> match;
-  for (const std::regex& pattern : patterns) {
-    if (std::regex_search(head.begin(), head.end(), match, pattern)) {
-      throw Error(where + ": " + in_quotes(match.str()) +
-                  " is prompt syntax (weights, choices, LoRAs), which a list of words cannot hold; "
-                  "write the words alone");
-    }
-  }
+  const std::string_view found = prompt_syntax(text);
+  if (found.empty()) return;
+  throw Error(where + ": " + in_quotes(found, 60) +
+              " is prompt syntax (weights, choices, LoRAs) or a list in brackets, which a list of "
+              "words cannot hold; write the words alone, each on a line of its own");
 }
 
-std::string typed_phrase(std::string_view text, size_t line, const std::string& where,
-                         ReadingNotes& notes) {
-  std::string phrase = normalize_phrase(text);
+std::string unquoted(std::string phrase, size_t line, ReadingNotes& notes) {
   for (bool again = true; again;) {
     again = false;
     for (const auto& [open, close] : kQuotes) {
@@ -376,6 +458,12 @@ std::string typed_phrase(std::string_view text, size_t line, const std::string& 
       break;
     }
   }
+  return phrase;
+}
+
+std::string typed_phrase(std::string_view text, size_t line, const std::string& where,
+                         ReadingNotes& notes) {
+  std::string phrase = unquoted(normalize_phrase(text), line, notes);
   if (phrase.empty()) return phrase;
   refuse_prompt_syntax(phrase, where);
   if (!has_words(phrase)) {
@@ -434,7 +522,15 @@ std::optional<ArrowPlace> find_arrow(std::string_view text, const std::string& w
         }
         return ArrowPlace{stroke, end - stroke};
       }
-      if (i > 0 && text[i - 1] == ' ' && text.substr(i + head.size()).starts_with(' ')) {
+      size_t end = i + head.size();
+      for (std::string_view more; !(more = prefix_in(text.substr(end), kHeads)).empty();) {
+        end += more.size();
+      }
+      if (i > 0 && text[i - 1] == ' ' && text.substr(end).starts_with(' ')) {
+        if (end > i + head.size()) return ArrowPlace{i, end - i};  // ">>"
+        if (head == "»" || head == "❯" || head == "▶" || head == "►" || head == "▸") {
+          return ArrowPlace{i, head.size()};
+        }
         throw turned(trimmed(head));
       }
     }

@@ -25,9 +25,10 @@ bool is_ascii(std::string_view text) {
 
 // Nobody sees these, and no script needs them: they come along when text is copied.
 bool is_invisible(char32_t code) {
-  return code == 0xad || code == 0x200b || code == 0x200e || code == 0x200f ||
-         (code >= 0x202a && code <= 0x202e) || (code >= 0x2060 && code <= 0x2069) ||
-         code == 0xfeff || code == 0x180e;
+  if (code < 0x20 || code == 0x7f) return !is_space(static_cast<char>(code));  // controls
+  return code == 0xad || code == 0x34f || code == 0x2800 || code == 0x3164 || code == 0x200b ||
+         code == 0x200e || code == 0x200f || (code >= 0x202a && code <= 0x202e) ||
+         (code >= 0x2060 && code <= 0x2069) || code == 0xfeff || code == 0x180e;
 }
 
 // Scripts and emoji join letters with these; between others they are invisible, too.
@@ -91,6 +92,15 @@ std::string normalize_phrase(std::string_view text) {
     out += bytes;
   }
   return is_ascii(out) ? out : composed(out, nullptr);
+}
+
+bool has_invisible(std::string_view text) {
+  for (size_t i = 0; i < text.size();) {
+    const Utf8Character character = first_character(text.substr(i));
+    if (character.bytes > 0 && is_invisible(character.code)) return true;
+    i += std::max<size_t>(character.bytes, 1);
+  }
+  return false;
 }
 
 std::string fold_case(std::string_view text) {

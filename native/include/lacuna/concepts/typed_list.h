@@ -55,7 +55,9 @@ std::vector<TypedLine> typed_lines(std::string_view body, const std::string& lis
 // Commas are a doubt. Empty text stays empty.
 std::string typed_phrase(std::string_view text, size_t line, const std::string& where,
                          ReadingNotes& notes);
-// The same for a whole line, before it is split.
+// `phrase` without the quotes and the emphasis that stand around all of it, which are noted.
+std::string unquoted(std::string phrase, size_t line, ReadingNotes& notes);
+// The same refusal for a whole line, before it is split.
 void refuse_prompt_syntax(std::string_view text, const std::string& where);
 
 // Whether there is anything in it but punctuation.

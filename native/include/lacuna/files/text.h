@@ -16,6 +16,9 @@ namespace lacuna {
 // spaces, byte-order marks, directions). Bytes that are not UTF-8 stay as they are.
 std::string normalize_phrase(std::string_view text);
 
+// Whether normalize_phrase leaves out something that nobody sees, white space aside.
+bool has_invisible(std::string_view text);
+
 // Equal for texts that the text encoders we support read alike: composed form, lower case (simple
 // case folding: one character for one). For comparing, not for showing.
 std::string fold_case(std::string_view text);
