@@ -55,18 +55,14 @@ class FakeDenoiser:
             f"layer.to_{role}": torch.randn(8, width, generator=generator) for role in "kv"
         }
 
-    def text_entries(self) -> list[tuple[str, str, str, str, int, int]]:
+    def cross_attention(self) -> list[tuple[str, str, str]]:
         return [
-            (
-                name,
-                "lora_unet_" + name.replace(".", "_"),
-                "key" if name.endswith("k") else "value",
-                "context",
-                0,
-                0,
-            )
+            (name, "lora_unet_" + name.replace(".", "_"), "key" if name.endswith("k") else "value")
             for name in self.weights
         ]
+
+    def text_entries(self) -> list[tuple[str, str, str, str, int, int]]:
+        return [(*each, "context", 0, 0) for each in self.cross_attention()]
 
     def effective_weight(self, name: str) -> torch.Tensor:
         return self.weights[name]

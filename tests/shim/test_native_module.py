@@ -224,7 +224,7 @@ def test_exceptions_of_the_host_come_out_as_the_same_object(pack, error: BaseExc
     clip.on_encode = fail
     models = [FakeDenoiser(), FakeDenoiser()]
     models[0].effective_weight = fail
-    models[1].with_weight_deltas = fail
+    models[1].with_weight_maps = fail
     attempts: list[Callable[[], object]] = [lambda: refine(pack, clip=clip)]
     attempts += [lambda model=model: refine(pack, model) for model in models]
     attempts += [lambda n=n: refine(pack, progress=Stop(n, error)) for n in (1, 2, 5)]

@@ -106,6 +106,10 @@ class TrappedDenoiser(Trapped):
         self._trap("patch")
         return TrappedDenoiser(self._inner.with_weight_deltas(deltas, strength), self._trap)
 
+    def with_weight_maps(self, maps: list, strength: float) -> TrappedDenoiser:
+        self._trap("patch")
+        return TrappedDenoiser(self._inner.with_weight_maps(maps, strength), self._trap)
+
     def denoise(
         self,
         noisy: torch.Tensor,
