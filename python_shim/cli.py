@@ -222,7 +222,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.preserve:
         inputs["preserve"] = read_text(options.preserve)
     concepts, *_, understood = pack.run("LacunaConceptSet", inputs)
-    sys.stderr.write(f"{understood}\n")
     widgets = {item["id"]: getattr(options, item["id"]) for item in _widgets(_EVALUATE)}
     widgets["prompt_file"] = prompt_file.name
     pack.validate(_EVALUATE, widgets)
@@ -247,6 +246,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         "detector": detector,
     }  # fmt: skip
     _make_folder(options.output)
+    sys.stderr.write(f"{understood}\n")
     progress = ProgressLine(sys.stderr)
     try:
         sheet, report, *_, verdict, harder = pack.run(_EVALUATE, links | widgets, progress)

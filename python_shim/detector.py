@@ -80,7 +80,7 @@ def load_detector(place: str) -> SafeDetector:
         raise
     except (Exception, SystemExit) as error:  # a script may end the process
         raise HostError(
-            f"The detector {place} cannot be loaded: {type(error).__name__}: {brief(error)}"
+            f"The detector {place} cannot be loaded: {brief(error) or type(error).__name__}"
         ) from error
 
 
