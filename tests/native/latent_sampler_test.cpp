@@ -49,9 +49,9 @@ class GaussianDenoiser final : public FakeDenoiser {
   }
 };
 
-class LatentSamplerTest : public SeededTest {};
+class ZeroTerminalSnrTest : public SeededTest {};
 
-TEST_F(LatentSamplerTest, DrawsFromZeroTerminalSnr) {
+TEST_F(ZeroTerminalSnrTest, PicturesAreDrawnFromNoiseAlone) {
   GaussianDenoiser model;
   EXPECT_GT(model.noise_levels()[999].item<double>(), 4500.0);
   for (const Sampler sampler : {Sampler::kEuler, Sampler::kDpmpp2M}) {

@@ -50,6 +50,7 @@ def wide(request: pytest.FixtureRequest, checkpoint: Any) -> Any:
 def small(kind: Any, **changes: Any) -> Any:
     """A MODEL of a kind whose real shapes are too large for a test; it reads the demo's texts."""
     config = kind({**SMALL, "context_dim": 768, "dtype": torch.float32, **changes})
+    config.unet_config.pop("disable_self_attentions", None)  # of the upscaler, for four levels
     model = config.get_model({}, "")
     weights = model.diffusion_model.state_dict()
     generator = torch.Generator().manual_seed(0)
@@ -243,13 +244,12 @@ def test_clean_latents_of_every_prediction(
 
 
 @pytest.mark.parametrize("gradient", ["full", "cached"])
-def test_zero_terminal_snr_is_trained_and_judged(
-    checkpoint: Any, pack: Pack, gradient: str
-) -> None:
-    base, clip, vae = checkpoint
-    model = ModelSamplingDiscrete().patch(base, "v_prediction", True)[0]
-    pack.erase(model, clip, gradient)
-    if gradient == "full":
-        refined = pack("LacunaAttentionRefine", model=model, clip=clip, concepts=pack.concepts())
-        report = json.loads(pack.evaluate(model, refined[0].patcher, clip, vae)[1])
-        assert report["pairs"] and all(pair["noise_shift"] > 0 for pair in report["pairs"])
+def test_zero_terminal_snr_is_trained(checkpoint: Any, pack: Pack, gradient: str) -> None:
+    model = ModelSamplingDiscrete().patch(checkpoint[0], "v_prediction", True)[0]
+    loras = pack.erase(model, checkpoint[1], gradient)
+    fused = pack("LacunaLoRAFuse", model=model, clip=checkpoint[1], loras=loras)[0]
+    base = type(fused)(model)
+    for name, _, role in base.cross_attention():
+        weight = fused.effective_weight(name)
+        assert weight.isfinite().all()
+        assert role == "value" or not torch.equal(weight, base.effective_weight(name))
