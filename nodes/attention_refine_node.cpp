@@ -232,6 +232,7 @@ const NodeSchema& AttentionRefineNode::schema() const {
                    "SDXL also reads one vector of the whole prompt, beside cross-attention: edit "
                    "that, too. Takes as long again to read the text. LoRA Fuse does not pass it "
                    "on; other models have none, and nothing changes.",
+               .optional = true,
                .advanced = true,
                .default_value = false},
           },

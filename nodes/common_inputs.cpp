@@ -121,6 +121,7 @@ InputSpec lora_rank_limit_input() {
           .tooltip =
               "Largest rank that 'LoRA rank' 0 may choose; a smaller one makes a smaller file "
               "that leaves out more.",
+          .optional = true,  // saved API workflows do not have it
           .advanced = true,
           .default_value = int64_t{256},
           .min = 1,

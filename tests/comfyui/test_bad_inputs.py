@@ -69,7 +69,7 @@ def test_a_pasted_list_is_read_and_the_node_says_how(server: Server, build: Buil
         ({"strength": 5.0}, "strength"),
         ({"method": "magic"}, "magic"),
         ({"adversarial_rounds": 4}, "adversarial_rounds"),
-        ({"lora_rank": 0}, "lora_rank"),
+        ({"lora_rank": -1}, "lora_rank"),
         ({"regularization": float("nan")}, "regularization"),
     ],
 )
