@@ -20,6 +20,7 @@
 #include "evaluation/picture_studio.h"
 #include "lacuna/closed_form/refinement.h"
 #include "lacuna/closed_form/text_entry.h"
+#include "lacuna/concepts/prompt_templates.h"
 #include "lacuna/error.h"
 #include "lacuna/evaluation/attack.h"
 #include "lacuna/evaluation/evaluation_prompts.h"
