@@ -4,7 +4,7 @@
 import importlib.util
 import logging
 
-# Help pages of the nodes, web/docs/<node id>.md; no JavaScript.
+# Help pages of the nodes, web/docs/<node id>.md, and what keeps saved graphs as they were.
 WEB_DIRECTORY = "./web"
 
 # Test runners and packaging tools import this file, too, where there is no ComfyUI.

@@ -78,7 +78,7 @@ json run(int64_t concepts) {
   const Embeddings embeddings;
   SilentProgress progress;
   const FusionOptions options;
-  const KeptText kept{20.0 * embeddings.gram(kPrompts), embeddings.gram(100)};
+  const KeptText kept{20.0 * embeddings.gram(kPrompts), embeddings.gram(100), {}};
   const auto projections = model.text_entries();
   const double before_mb = resident_mb();
 

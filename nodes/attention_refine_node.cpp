@@ -4,6 +4,7 @@
 #include <ATen/ops/matmul.h>
 
 #include <cmath>
+#include <utility>
 
 #include "lacuna/closed_form/erasure_patch.h"
 #include "lacuna/closed_form/lora_export.h"
@@ -32,7 +33,16 @@ RefinementOptions read_refinement_options(const NodeInputs& inputs) {
   return options;
 }
 
-enum class AppliedTo { kNothing, kWeights, kConditioning, kConditioningOfPacked };
+enum class AppliedTo { kNothing, kWeights, kNamingPrompts, kConditioning, kConditioningOfPacked };
+
+// Whatever the edit depends on beside model, text encoder and concepts.
+struct RefineSettings {
+  RefinementOptions options;
+  RetainSetSize retain = RetainSetSize::kNone;
+  bool gated = false;  // acts on prompts that name a concept only
+  LoraLimits limits;
+  bool with_pooled = false;
+};
 
 std::string applied(AppliedTo to) {
   // No saver and no merge of the host sees an edit of the conditioning.
@@ -45,6 +55,11 @@ std::string applied(AppliedTo to) {
       return "\nStrength 0: the model is unchanged.";
     case AppliedTo::kWeights:
       return "\nApplied to the weights.";
+    case AppliedTo::kNamingPrompts:
+      return "\nActs on prompts that name a concept; every other prompt is drawn by the model as "
+             "it "
+             "was" +
+             unsaved + " and acts on every prompt, or set 'where' to every prompt.";
     case AppliedTo::kConditioning:
       return "\nApplied to the conditioning, as 'apply as' says" + unsaved +
              ", or set 'apply as' to weights.";
@@ -54,8 +69,10 @@ std::string applied(AppliedTo to) {
   return "\nApplied to the conditioning, because this model's weights are packed" + unsaved + ".";
 }
 
-std::string report(const Refinement& refinement, const LoraExport& lora, double relative_edit,
-                   double strength, AppliedTo to) {
+std::string report(const RefinedEdit& edit, double strength, AppliedTo to) {
+  const Refinement& refinement = *edit.refinement;
+  const LoraExport& lora = edit.lora;
+  const double relative_edit = strength * edit.relative_norm;
   const size_t n = refinement.concepts.concepts.size();
   std::string text = "Erased " + std::to_string(n) + (n == 1 ? " concept" : " concepts") +
                      " with '" + refinement.options.method + "':";
@@ -67,18 +84,26 @@ std::string report(const Refinement& refinement, const LoraExport& lora, double 
   text += ".\nPreserved: " + std::to_string(refinement.concepts.preserve.size()) +
           " phrases, general prior " + std::string(to_string(refinement.concepts.general_prior)) +
           ".";
+  text += retain_set_line(edit.retained);
   text += format_numbers("\nEdit: %.1f %% of the projections' norm, condition number %.2g",
                          100 * relative_edit, refinement.condition);
   text += refinement.floor_added > 0.0
               ? format_numbers(", floor %.2g added.", refinement.floor_added)
               : ".";
-  text += violence_warning({.relative = relative_edit,
-                            .strength = strength,
-                            .concepts = n,
-                            .preserved = refinement.concepts.preserve.size(),
-                            .general_prior = refinement.concepts.general_prior,
-                            .regularization = refinement.options.regularization});
+  // Of prompts that name nothing a gated edit changes nothing.
+  if (to != AppliedTo::kNamingPrompts) {
+    text += violence_warning({.relative = relative_edit,
+                              .strength = strength,
+                              .concepts = n,
+                              .preserved = refinement.concepts.preserve.size(),
+                              .general_prior = refinement.concepts.general_prior,
+                              .regularization = refinement.options.regularization});
+  }
   text += applied(to);
+  if (to == AppliedTo::kNamingPrompts && !edit.gate.confused.empty()) {
+    text += "\nCannot tell " + joined(edit.gate.confused, 8) +
+            ": a prompt that names the second is edited, too; choose another wording of the first.";
+  }
   text += "\nLoRA: rank " + std::to_string(lora.rank) +
           format_numbers(", leaves out %.3g %% of the edit.", 100 * lora.residual);
   return text;
@@ -92,43 +117,62 @@ std::string pooled_report(const LoraExport& lora) {
 // Of two runs with the same key only the strength and how it is applied may differ; empty: nobody
 // can say.
 std::string key_of(Denoiser& model, TextEncoder& clip, const ConceptSet& concepts,
-                   const RefinementOptions& options, const LoraLimits& limits, bool with_pooled) {
+                   const RefineSettings& settings) {
+  const RefinementOptions& options = settings.options;
   const std::string revision = model.revision();
   const std::string fingerprint = clip.fingerprint();
   if (revision.empty() || fingerprint.empty()) return {};
   std::string key = revision + '\n' + fingerprint + '\n' + options.method + '\n' +
                     std::string(to_string(options.read_at)) + '\n' +
                     std::string(to_string(options.matrices)) + '\n';
-  for (const double number :
-       {options.regularization, options.preserve_weight, options.prior_weight, limits.left_out}) {
+  for (const double number : {options.regularization, options.preserve_weight, options.prior_weight,
+                              settings.limits.left_out}) {
     key += format_numbers("%.17g\n", number);
   }
-  return key + std::to_string(options.adversarial_rounds) + '\n' + std::to_string(limits.rank) +
-         '\n' + (with_pooled ? "pooled\n" : "\n") + to_json(concepts);
+  return key + std::to_string(options.adversarial_rounds) + '\n' +
+         std::to_string(settings.limits.rank) + '\n' + (settings.with_pooled ? "pooled\n" : "\n") +
+         std::string(to_string(settings.retain)) + (settings.gated ? "\ngated\n" : "\n") +
+         to_json(concepts);
 }
 
 std::shared_ptr<const RefinedEdit> refine(Denoiser& model, TextEncoder& clip,
                                           const ConceptSet& concepts,
-                                          const RefinementOptions& options,
-                                          const LoraLimits& limits, bool with_pooled,
+                                          const RefineSettings& settings,
                                           StatisticsCache& statistics, Progress& progress) {
+  const RefinementOptions& options = settings.options;
+  const LoraLimits& limits = settings.limits;
   const std::vector<TextEntry> entries = edited_entries(model, options.matrices, clip.width());
   const at::Tensor rows = entry_rows(model, entries, progress);
   const at::Tensor gram =
       options.adversarial_rounds > 0 ? entry_gram(model, entries, progress) : at::Tensor();
-  const RefinementProblem problem = collect_problem(clip, concepts, options, &statistics, progress);
+  RetainSet retained = collect_retain_set(clip, concepts.concepts, settings.retain, progress);
+  FittedGate gate;
+  if (settings.gated) {
+    // A gate needs words to tell the concepts from, whatever is retained.
+    const bool none = settings.retain == RetainSetSize::kNone;
+    gate =
+        fit_gate(clip, concepts.concepts, concepts.preserve,
+                 none ? collect_retain_set(clip, concepts.concepts, RetainSetSize::kSmall, progress)
+                      : retained,
+                 progress);
+  }
+  retained.kept = {};
+  RefinementProblem problem = collect_problem(clip, concepts, options, &statistics, progress);
+  problem.retain = std::exchange(retained.gram, at::Tensor());
   Refinement refinement = solve_refinement(problem, options, gram);
   refinement.concepts = concepts;
   refinement.encoder_fingerprint = clip.fingerprint();
   refinement.encoder_samples = clip.weight_samples();
 
   auto edit = std::make_shared<RefinedEdit>();
+  edit->retained = std::move(retained);
+  edit->gate = std::move(gate);
   const SharedFactorization factors(refinement.delta, rows, limits.rank, progress, limits.left_out);
   edit->relative_norm = factors.edit_norm() / rows.norm().item<double>();
   edit->lora = export_lora(model, entries, refinement.delta, factors, limits, 1.0, progress);
   edit->maps.push_back(text_map(refinement.delta, entries));
   const std::vector<TextEntry> pooled =
-      with_pooled ? pooled_entries(model) : std::vector<TextEntry>();
+      settings.with_pooled ? pooled_entries(model) : std::vector<TextEntry>();
   if (!pooled.empty()) {
     const RowFit fit = fit_pooled(clip, concepts, options, progress);
     const at::Tensor delta = fit.in.defined() ? at::matmul(fit.out, fit.in) : fit.out;
@@ -235,6 +279,8 @@ const NodeSchema& AttentionRefineNode::schema() const {
                .optional = true,
                .advanced = true,
                .default_value = false},
+              retain_set_input(),
+              where_input(),
           },
       .outputs =
           {{"model", "model", socket::kModel, "The model without the concepts."},
@@ -258,49 +304,64 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
   const auto& model = inputs.get<std::shared_ptr<Denoiser>>("model");
   const auto& clip = inputs.get<std::shared_ptr<TextEncoder>>("clip");
   const ConceptSet& concepts = *inputs.get<std::shared_ptr<const ConceptSet>>("concepts");
-  const RefinementOptions options = read_refinement_options(inputs);
   const double strength = inputs.number("strength");
   const std::string& apply_as = inputs.string("apply_as");
-  const bool with_pooled = inputs.boolean("pooled_text");
-  const LoraLimits limits = lora_limits(inputs);
+  const RefineSettings settings{
+      .options = read_refinement_options(inputs),
+      .retain = retain_set_from_string(inputs.string("retain_set")),
+      .gated = inputs.string("where") == kNamingPrompts,
+      .limits = lora_limits(inputs),
+      .with_pooled = inputs.boolean("pooled_text"),
+  };
 
   // Everything that can be refused is refused before the first prompt is encoded.
-  lacuna::check(options);
+  lacuna::check(settings.options);
   lacuna::validate(concepts);
-  edited_entries(*model, options.matrices, clip->width());
+  edited_entries(*model, settings.options.matrices, clip->width());
   const bool packed = !model->patchable();
   if (apply_as == "weights" && packed) {
     throw Error(
         "this model's weights are packed and cannot be patched exactly; set 'apply as' to "
         "conditioning");
   }
+  if (settings.gated && apply_as == "weights") {
+    throw Error(
+        "weights act on every prompt: set 'where' to every prompt, or 'apply as' to auto or "
+        "conditioning");
+  }
+  if (settings.gated && settings.with_pooled) {
+    throw Error(
+        "the edit of the pooled text acts on every prompt: set 'where' to every prompt, or turn "
+        "'pooled text' off");
+  }
   check_phrases(*clip, concepts);
 
   auto memory = memory_.borrow(kRefineCacheBytes);
-  const std::string key = key_of(*model, *clip, concepts, options, limits, with_pooled);
+  const std::string key = key_of(*model, *clip, concepts, settings);
   std::shared_ptr<const RefinedEdit> edit = memory->edit;
   if (edit == nullptr || key.empty() || key != memory->key) {
     memory->edit.reset();
-    edit =
-        refine(*model, *clip, concepts, options, limits, with_pooled, memory->statistics, progress);
+    edit = refine(*model, *clip, concepts, settings, memory->statistics, progress);
     memory->key = key;
     memory->edit = edit;
   }
 
-  const bool as_weights = apply_as == "weights" || (apply_as == "auto" && !packed);
-  std::shared_ptr<Denoiser> erased = as_weights ? model->with_weight_maps(edit->maps, strength)
-                                                : model->with_input_maps(edit->maps, strength);
+  const bool as_weights =
+      !settings.gated && (apply_as == "weights" || (apply_as == "auto" && !packed));
+  std::shared_ptr<Denoiser> erased =
+      as_weights ? model->with_weight_maps(edit->maps, strength)
+                 : model->with_input_maps(edit->maps, strength, edit->gate.gate);
   LoraTensors tensors = scaled(edit->lora.tensors, strength);
   if (edit->pooled_lora) tensors.merge(scaled(edit->pooled_lora->tensors, strength));
-  const AppliedTo to = strength == 0.0 ? AppliedTo::kNothing
-                       : as_weights    ? AppliedTo::kWeights
-                       : packed        ? AppliedTo::kConditioningOfPacked
-                                       : AppliedTo::kConditioning;
-  std::string text =
-      report(*edit->refinement, edit->lora, strength * edit->relative_norm, strength, to);
+  const AppliedTo to = strength == 0.0  ? AppliedTo::kNothing
+                       : as_weights     ? AppliedTo::kWeights
+                       : settings.gated ? AppliedTo::kNamingPrompts
+                       : packed         ? AppliedTo::kConditioningOfPacked
+                                        : AppliedTo::kConditioning;
+  std::string text = report(*edit, strength, to);
   if (edit->pooled_lora) {
     text += pooled_report(*edit->pooled_lora);
-  } else if (with_pooled) {
+  } else if (settings.with_pooled) {
     text += "\nPooled text: this model (" + model->family() + ") reads none.";
   }
   NodeResult result;

@@ -8,6 +8,8 @@
 
 #include "lacuna/closed_form/lora_export.h"
 #include "lacuna/closed_form/refinement.h"
+#include "lacuna/closed_form/retain_set.h"
+#include "lacuna/closed_form/text_gate.h"
 #include "nodes/kept_state.h"
 #include "nodes/node.h"
 
@@ -20,6 +22,8 @@ struct RefinedEdit {
   LoraExport lora;             // at strength 1
   std::vector<TextMap> maps;   // of each stream
   std::optional<LoraExport> pooled_lora;
+  RetainSet retained;  // its report; without sums and rows
+  FittedGate gate;     // only where it was asked for
 };
 
 // What is kept between runs.

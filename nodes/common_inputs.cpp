@@ -100,6 +100,37 @@ InputSpec side_input(std::string id, int64_t standard, std::string tooltip) {
           .step = 8};
 }
 
+InputSpec retain_set_input() {
+  return {.id = "retain_set",
+          .display_name = "retain set",
+          .type = socket::kCombo,
+          .tooltip =
+              "Keeps what nobody listed: words of the text encoder's own vocabulary, but for those "
+              "that it takes for a concept. small: 200 words, full: 2000; each is read twice, for "
+              "each form that the concepts share (\"flag of ...\"), once for a text encoder. none: "
+              "only what is listed.",
+          .optional = true,  // saved API workflows do not have it
+          .default_value = std::string("small"),
+          .saved_value = std::string("none"),
+          .options = {"none", "small", "full"}};
+}
+
+InputSpec where_input() {
+  return {
+      .id = "where",
+      .display_name = "where",
+      .type = socket::kCombo,
+      .tooltip =
+          "prompts that name it: only where a prompt names a concept, in these words or others; "
+          "every other prompt is drawn by the model as it was, bit for bit. It acts while the "
+          "model runs, and no checkpoint can hold it. every prompt: a weight edit, which Save "
+          "Checkpoint and the LoRA hold, and which also moves what is like the concepts.",
+      .optional = true,  // saved API workflows do not have it
+      .default_value = std::string(kNamingPrompts),
+      .saved_value = std::string(kEveryPrompt),
+      .options = {kNamingPrompts, kEveryPrompt}};
+}
+
 InputSpec lora_rank_input() {
   return {.id = "lora_rank",
           .display_name = "LoRA rank",

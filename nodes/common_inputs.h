@@ -20,6 +20,12 @@ InputSpec prior_weight_input(double standard);
 InputSpec cfg_input(double standard, std::string tooltip, bool advanced = false);
 // "width" or "height" of pictures.
 InputSpec side_input(std::string id, int64_t standard, std::string tooltip);
+// How much of the vocabulary is kept beside what is listed.
+InputSpec retain_set_input();
+// On which prompts the edit acts.
+InputSpec where_input();
+inline constexpr const char* kEveryPrompt = "every prompt";
+inline constexpr const char* kNamingPrompts = "prompts that name it";
 InputSpec lora_rank_input();
 InputSpec lora_rank_limit_input();
 

@@ -25,6 +25,28 @@ constexpr double kLeastRegularization = 10.0;  // the nodes' default
 
 }  // namespace
 
+std::string joined(const std::vector<std::string>& names, size_t shown) {
+  std::string text;
+  for (size_t i = 0; i < names.size() && i < shown; ++i) text += (i == 0 ? "" : ", ") + names[i];
+  if (names.size() > shown) text += " and " + std::to_string(names.size() - shown) + " more";
+  return text;
+}
+
+std::string retain_set_line(const RetainSet& set) {
+  if (set.frames.empty()) return {};
+  std::string text = "\nRetain set: " + std::to_string(set.words) + " phrases of the form";
+  for (size_t i = 0; i < set.frames.size(); ++i) {
+    std::string shown = set.frames[i];
+    shown.replace(shown.find("{}"), 2, "...");
+    text += (i == 0 ? " \"" : ", \"") + shown + "\"";
+  }
+  text += " from the text encoder's vocabulary.";
+  if (!set.left_out.empty()) {
+    text += " Not kept, because it takes them for a concept: " + joined(set.left_out, 12) + ".";
+  }
+  return text;
+}
+
 std::string violence_warning(const EditSize& edit) {
   const bool unheld = edit.general_prior == GeneralPriorSize::kNone && edit.preserved == 0;
   const double bearable = unheld ? kBearableUnheld : kBearable;

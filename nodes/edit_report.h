@@ -3,7 +3,9 @@
 
 #include <cstddef>
 #include <string>
+#include <vector>
 
+#include "lacuna/closed_form/retain_set.h"
 #include "lacuna/concepts/concept_set.h"
 
 namespace lacuna {
@@ -17,6 +19,12 @@ struct EditSize {
   GeneralPriorSize general_prior = GeneralPriorSize::kNone;
   double regularization = 0.0;
 };
+
+// "a, b and 3 more": the first `shown` names.
+std::string joined(const std::vector<std::string>& names, size_t shown);
+
+// What the retain set kept and left out, as a line of its own; empty without one.
+std::string retain_set_line(const RetainSet& set);
 
 // For the report of a node, before anybody draws: a line that says that such an edit damages
 // pictures, and what to change in the node at hand; empty where the edit is of usual size.

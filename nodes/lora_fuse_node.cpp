@@ -73,13 +73,6 @@ std::vector<std::string> parse_names(const std::string& text) {
   return names;
 }
 
-std::string joined(const std::vector<std::string>& names, size_t shown) {
-  std::string text;
-  for (size_t i = 0; i < names.size() && i < shown; ++i) text += (i == 0 ? "" : ", ") + names[i];
-  if (names.size() > shown) text += " and " + std::to_string(names.size() - shown) + " more";
-  return text;
-}
-
 // What the inputs come down to, before anything is computed.
 struct Selection {
   LoraBundle bundle;
@@ -160,7 +153,8 @@ Selection select(const std::vector<std::shared_ptr<const LoraBundle>>& bundles,
 }
 
 std::string report(const Selection& selection, const FusionOptions& options, const Fusion& fusion,
-                   const LoraExport& lora, double original_norm, double strength) {
+                   const LoraExport& lora, const RetainSet& retained, double original_norm,
+                   double strength) {
   const LoraBundle& bundle = selection.bundle;
   const size_t n = bundle.concepts.size();
   std::map<std::string, double> strength_of;
@@ -181,6 +175,7 @@ std::string report(const Selection& selection, const FusionOptions& options, con
   }
   text += "\nPreserved: " + std::to_string(bundle.preserve.size()) + " phrases, general prior " +
           std::string(to_string(bundle.general_prior)) + ".";
+  text += retain_set_line(retained);
   text += format_numbers("\nEdit: %.3g %% of the projections' norm, condition number %.2g",
                          100 * lora.edit_norm / original_norm, fusion.condition);
   text +=
@@ -268,6 +263,7 @@ const NodeSchema& LoraFuseNode::schema() const {
                .default_value = std::string()},
               lora_rank_input(),
               lora_rank_limit_input(),
+              retain_set_input(),
           },
       .outputs =
           {{"model", "model", socket::kModel, "The model without the concepts."},
@@ -334,8 +330,12 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
     for (std::string& phrase : phrases(item->item)) erased.push_back(std::move(phrase));
   }
   auto cache = cache_.borrow(kFuseCacheBytes);
-  const KeptText kept =
+  KeptText kept =
       collect_kept_text(*clip, bundle.preserve, bundle.general_prior, erased, &*cache, progress);
+  RetainSet retained =
+      collect_retain_set(*clip, concept_set_of(bundle).concepts,
+                         retain_set_from_string(inputs.string("retain_set")), progress);
+  kept.retain = std::exchange(retained.gram, at::Tensor());
   auto sums = sums_.borrow();
   sums->assign(bundle.concepts);
   const Fusion fusion = sums->solve(kept, options, selection.strengths, progress);
@@ -349,7 +349,7 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   }
 
   const double original_norm = rows.norm().item<double>();
-  std::string text = report(selection, options, fusion, lora, original_norm, strength);
+  std::string text = report(selection, options, fusion, lora, retained, original_norm, strength);
   NodeResult result;
   result.text = {text};
   result.outputs = {std::move(erased_model), std::make_shared<const LoraTensors>(lora.tensors),

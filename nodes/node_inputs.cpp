@@ -91,7 +91,8 @@ NodeInputs::NodeInputs(const NodeSchema& schema, std::map<std::string, Value> va
             values_[input.id] = value;
           }
         },
-        input.default_value);
+        std::holds_alternative<std::monostate>(input.saved_value) ? input.default_value
+                                                                  : input.saved_value);
   }
 }
 

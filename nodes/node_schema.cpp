@@ -34,13 +34,17 @@ std::string to_json(const std::vector<NodeSchema>& schemas) {
       entry["optional"] = input.optional;
       entry["advanced"] = input.advanced;
       if (input.type == socket::kString) entry["multiline"] = input.multiline;
-      std::visit(
-          [&](const auto& value) {
-            if constexpr (!std::is_same_v<std::decay_t<decltype(value)>, std::monostate>) {
-              entry["default"] = value;
-            }
-          },
-          input.default_value);
+      const auto put_value = [&](const char* key, const WidgetDefault& widget) {
+        std::visit(
+            [&](const auto& value) {
+              if constexpr (!std::is_same_v<std::decay_t<decltype(value)>, std::monostate>) {
+                entry[key] = value;
+              }
+            },
+            widget);
+      };
+      put_value("default", input.default_value);
+      put_value("saved", input.saved_value);
       const bool whole = input.type == socket::kInt;
       const auto put = [&](const char* key, const std::optional<double>& value) {
         if (!value) return;

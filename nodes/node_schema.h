@@ -46,6 +46,8 @@ struct InputSpec {
   bool advanced = false;
   bool multiline = false;
   WidgetDefault default_value = {};  // monostate: a socket, filled by a link only
+  // Of graphs that were saved before the input was there; monostate: the default.
+  WidgetDefault saved_value = {};
   std::optional<double> min = {};
   std::optional<double> max = {};
   std::optional<double> step = {};

@@ -92,6 +92,9 @@ class PythonTextEncoder final : public TextEncoder {
   std::vector<int64_t> tokenize(const std::string& text) override {
     return handle_.call<std::vector<int64_t>>("tokenize", text);
   }
+  std::vector<std::string> vocabulary() override {
+    return handle_.call<std::vector<std::string>>("vocabulary");
+  }
   at::Tensor encode(const std::vector<std::string>& prompts) override {
     return handle_.call<at::Tensor>("encode", prompts);
   }
@@ -150,12 +153,16 @@ class PythonDenoiser final : public Denoiser {
 
   std::shared_ptr<Denoiser> with_weight_maps(const std::vector<TextMap>& maps,
                                              double strength) override {
-    return with_maps("with_weight_maps", maps, strength);
+    py::gil_scoped_acquire gil;
+    return wrap_denoiser(handle_.call<py::object>("with_weight_maps", to_python(maps), strength));
   }
 
-  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps,
-                                            double strength) override {
-    return with_maps("with_input_maps", maps, strength);
+  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps, double strength,
+                                            const std::shared_ptr<const TextGate>& gate) override {
+    py::gil_scoped_acquire gil;
+    const py::object when = gate == nullptr ? py::none() : to_python(*gate);
+    return wrap_denoiser(
+        handle_.call<py::object>("with_input_maps", to_python(maps), strength, when));
   }
 
   at::Tensor noise_levels() override { return handle_.attribute<at::Tensor>("noise_levels"); }
@@ -194,9 +201,17 @@ class PythonDenoiser final : public Denoiser {
   const py::object& object() const { return handle_.get(); }
 
  private:
-  std::shared_ptr<Denoiser> with_maps(const char* method, const std::vector<TextMap>& maps,
-                                      double strength) {
-    py::gil_scoped_acquire gil;
+  // (tests, window), a test as (now, before, offset, last row only).
+  static py::object to_python(const TextGate& gate) {
+    py::list tests;
+    for (const TextGate::Test& test : gate.tests) {
+      tests.append(
+          py::make_tuple(test.now, optional(test.before), test.offset, test.last_row_only));
+    }
+    return py::make_tuple(tests, gate.window);
+  }
+
+  static py::list to_python(const std::vector<TextMap>& maps) {
     py::list list;
     for (const TextMap& map : maps) {
       py::list entries;
@@ -205,7 +220,7 @@ class PythonDenoiser final : public Denoiser {
       }
       list.append(py::make_tuple(entries, map.out, optional(map.in)));
     }
-    return wrap_denoiser(handle_.call<py::object>(method, list, strength));
+    return list;
   }
 
   Handle handle_;

@@ -38,10 +38,12 @@ from comfy.model_base import (
     Stable_Zero123,
     SVD_img2vid,
 )
+from comfy.sd1_clip import SDTokenizer
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from PIL import Image
 from server import PromptServer
 
+from . import clip_bpe
 from .autograd import (
     call_with_weights,
     gradients_wanted,
@@ -52,6 +54,7 @@ from .autograd import (
 from .detector import SafeDetector
 from .errors import HostError
 from .fingerprint import Identity, fingerprint, identify
+from .text_gate import GateParts, TextGate, mapped_where
 
 log = logging.getLogger(__name__)
 
@@ -198,6 +201,13 @@ class ComfyTextEncoder:
         start, end = self._rows("")[0][:2]
         content = [token for row in self._rows(text) for token in row[1 : row.index(end, 1)]]
         return [start, *content, end]
+
+    def vocabulary(self) -> list[str]:
+        """Whole words of CLIP's vocabulary; SDXL's two tokenizers share it."""
+        for tokenizer in vars(self._clip.tokenizer).values():
+            if isinstance(tokenizer, SDTokenizer):
+                return clip_bpe.whole_words(tokenizer.tokenizer.get_vocab())
+        return []
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         if not prompts:
@@ -413,14 +423,16 @@ class ComfyDenoiser:
             patcher.add_patches(patches, strength)
         return ComfyDenoiser(patcher)
 
-    def with_input_maps(self, maps: Sequence[TextMap], strength: float) -> ComfyDenoiser:
+    def with_input_maps(
+        self, maps: Sequence[TextMap], strength: float, gate: GateParts | None = None
+    ) -> ComfyDenoiser:
         patcher = self.patcher.clone()
         for entries, out, inner in maps if strength != 0.0 else ():
             self._require([name for name, _, _ in entries])
             patcher.add_wrapper_with_key(
                 comfy.patcher_extension.WrappersMP.APPLY_MODEL,
                 "lacuna",
-                _InputMap(entries, out, inner, strength),
+                _InputMap(entries, out, inner, gate and TextGate(*gate), strength),
             )
         return ComfyDenoiser(patcher)
 
@@ -707,8 +719,10 @@ class _InputMap:
         entries: Sequence[tuple[str, int, int]],
         out: torch.Tensor,
         inner: torch.Tensor | None,
+        gate: TextGate | None,
         strength: float,
     ) -> None:
+        self._gate = gate
         self._modules = [name.removesuffix(".weight") for name, _, _ in entries]
         self._first = entries[0][1]
         self._factors = [t.detach().float().cpu().T for t in (inner, out) if t is not None]
@@ -729,7 +743,9 @@ class _InputMap:
                     change = change @ leave_inference_mode(factor).to(text.device)
                 rest = text.shape[-1] - first - width
                 change = torch.nn.functional.pad(self._strength * change, (first, rest))
-                seen[:] = [text, (text.float() + change).to(text.dtype)]
+                opened = None if self._gate is None else self._gate(text)
+                changed = (text.float() + change).to(text.dtype)
+                seen[:] = [text, mapped_where(text, changed, opened)]
             return (seen[1], *inputs[1:])
 
         model = executor.class_obj

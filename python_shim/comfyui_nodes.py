@@ -75,7 +75,10 @@ def _type(name: str) -> Any:
 
 def _input(spec: JSON) -> Any:
     kind = _type(spec["type"]).Input
-    return kind(**_known(kind.__init__, {k: v for k, v in spec.items() if k != "type"}))
+    values = {k: v for k, v in spec.items() if k != "type"}
+    if "saved" in spec:  # for web/saved_graphs.js
+        values["extra_dict"] = {"saved": spec["saved"]}
+    return kind(**_known(kind.__init__, values))
 
 
 def _output(spec: JSON) -> Any:

@@ -26,6 +26,7 @@ from .errors import HostError, brief
 from .fingerprint import Identity, identify
 from .lora_file import Delta
 from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
+from .text_gate import GateParts, TextGate, mapped_where
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,9 @@ class DiffusersTextEncoder:
 
     def tokenize(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
+
+    def vocabulary(self) -> list[str]:
+        return clip_bpe.whole_words(clip_bpe.vocabulary_and_merges()[0])
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         return self.encode_start(prompts, self.window)
@@ -109,6 +113,7 @@ class _InputMap:
     names: tuple[str, ...]
     factors: tuple[torch.Tensor, ...]  # x <- x + strength * x @ factors[0] @ ...
     strength: float
+    gate: TextGate | None = None
 
     def hook(self) -> Callable[..., tuple[torch.Tensor, ...]]:
         seen: list[torch.Tensor] = []  # all layers of all steps read one tensor: mapped once
@@ -121,7 +126,8 @@ class _InputMap:
                 change = text
                 for factor in self.factors:
                     change = change @ leave_inference_mode(factor).to(text)
-                seen[:] = [text, text + self.strength * change]
+                opened = None if self.gate is None else self.gate(text)
+                seen[:] = [text, mapped_where(text, text + self.strength * change, opened)]
             return (seen[1], *inputs[1:])
 
         return mapped
@@ -268,7 +274,9 @@ class DiffusersDenoiser:
         )
         return replace(self, _changes=self._changes + added)
 
-    def with_input_maps(self, maps: Sequence[TextMap], strength: float) -> DiffusersDenoiser:
+    def with_input_maps(
+        self, maps: Sequence[TextMap], strength: float, gate: GateParts | None = None
+    ) -> DiffusersDenoiser:
         self._check(maps)
         if strength == 0.0:
             return self
@@ -277,6 +285,7 @@ class DiffusersDenoiser:
                 tuple(name for name, _, _ in entries),
                 tuple(t.detach().T for t in (inner, out) if t is not None),
                 float(strength),
+                gate and TextGate(*gate),
             )
             for entries, out, inner in maps
         )

@@ -40,7 +40,7 @@ TEST(Schemas, OrderOfTheFusionNodesIsFrozen) {
             (std::vector<std::string>{"model", "clip", "loras", "loras_2", "loras_3", "loras_4",
                                       "concepts", "strength", "mode", "preserve_weight",
                                       "prior_weight", "regularization", "concept_strengths",
-                                      "leave_out", "lora_rank", "lora_rank_limit"}));
+                                      "leave_out", "lora_rank", "lora_rank_limit", "retain_set"}));
   EXPECT_EQ(input_ids(SaveBundleNode("x").schema()),
             (std::vector<std::string>{"loras", "filename_prefix"}));
   EXPECT_EQ(input_ids(LoadBundleNode("x").schema()), (std::vector<std::string>{"file"}));

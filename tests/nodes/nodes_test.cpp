@@ -80,7 +80,7 @@ TEST(Schemas, InputOrderIsFrozen) {
             (std::vector<std::string>{"model", "clip", "concepts", "method", "strength", "matrices",
                                       "read_at", "regularization", "preserve_weight",
                                       "prior_weight", "adversarial_rounds", "apply_as", "lora_rank",
-                                      "lora_rank_limit", "pooled_text"}));
+                                      "lora_rank_limit", "pooled_text", "retain_set", "where"}));
   EXPECT_EQ(ids(SaveLoraNode("output").schema()),
             (std::vector<std::string>{"lora", "filename_prefix"}));
 }
@@ -447,6 +447,59 @@ TEST_P(AttentionRefineTest, AnotherStrengthComputesNothingAnew) {
   EXPECT_NE(&refinement_of(run({{"lora_rank", int64_t{1}}})), &refinement_of(other));
   model_->revision_ = "";  // nobody can say: never kept
   EXPECT_NE(&refinement_of(run()), &refinement_of(run()));
+}
+
+TEST(Schemas, SavedGraphsKeepWhatTheyDid) {
+  const AttentionRefineNode node;
+  const NodeInputs saved(node.schema(), {});  // from before these inputs were there
+  EXPECT_EQ(saved.string("retain_set"), "none");
+  EXPECT_EQ(saved.string("where"), "every prompt");
+  for (const char* id : {"retain_set", "where"}) {
+    EXPECT_TRUE(find_input(node.schema(), id)->optional) << id;
+  }
+  const auto declared = nlohmann::json::parse(to_json({node.schema()}))[0]["inputs"];
+  EXPECT_EQ(declared.back()["default"], "prompts that name it");
+  EXPECT_EQ(declared.back()["saved"], "every prompt");
+}
+
+// The edit on prompts that name a concept, and what stays as it was.
+TEST_P(AttentionRefineTest, ActsWhereAPromptNamesAConcept) {
+  clip_ = std::make_shared<FakeTextEncoder>(96, device());
+  model_ = std::make_shared<FakeDenoiser>(3, 96, device());
+  for (int i = 0; i < 60; ++i) {
+    clip_->vocabulary_.push_back(std::string("word") + static_cast<char>('a' + i / 26) +
+                                 static_cast<char>('a' + i % 26));
+  }
+  const Values named{{"where", std::string("prompts that name it")},
+                     {"retain_set", std::string("small")}};
+  const NodeResult result = run(named);
+  EXPECT_TRUE(model_of(result)->gate_ != nullptr);
+  for (const auto& [name, weight] : model_->weights_) {
+    EXPECT_TRUE(at::equal(model_of(result)->weights_.at(name), weight)) << "no weight is patched";
+  }
+  const auto drawn = [&](Denoiser& model, const std::string& prompt) {
+    SamplingRequest request;
+    request.positive = clip_->encode({prompt});
+    request.negative = clip_->encode({""});
+    request.latent = at::zeros({1, 4, 4, 4});
+    return model.sample(request, [](int64_t, int64_t) {});
+  };
+  EXPECT_TRUE(at::equal(drawn(*model_of(result), "a photo of wordac"),
+                        drawn(*model_, "a photo of wordac")));
+  EXPECT_FALSE(
+      at::equal(drawn(*model_of(result), "a photo of owl"), drawn(*model_, "a photo of owl")));
+  const std::string report = report_of(result);
+  EXPECT_NE(report.find("Acts on prompts that name a concept"), std::string::npos);
+  EXPECT_NE(report.find("Retain set: "), std::string::npos);
+  EXPECT_FALSE(std::get<std::shared_ptr<const LoraTensors>>(result.outputs[2])->empty());
+
+  Values weights = named;
+  weights["apply_as"] = std::string("weights");
+  EXPECT_NE(message_of([&] { run(weights); }).find("weights act on every prompt"),
+            std::string::npos);
+  Values pooled = named;
+  pooled["pooled_text"] = true;
+  EXPECT_NE(message_of([&] { run(pooled); }).find("turn 'pooled text' off"), std::string::npos);
 }
 
 // SDXL's pooled vector: edited in its own columns, and only when asked.

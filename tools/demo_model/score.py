@@ -8,7 +8,8 @@ python tools/demo_model/score.py gates
 python tools/demo_model/score.py gates --transformer   of the demo transformer
 python tools/demo_model/score.py table         build/quality.json as Markdown
 
-`none`, the closed forms `mace` and `uce`, and the trained methods run here: `full` and `cached`
+`none`, the closed forms `mace` and `uce` (with +retain, +gate: retain set, acting on prompts that
+name a concept only), and the trained methods run here: `full` and `cached`
 (uce, LoRA Erase with that gradient, LoRA Fuse) and `naive_lora_sum` (mace, and the plain sum of the
 LoRAs that `full` trains on top of it). Trained concepts are kept in build/quality/bundles and
 trained again only when an option or the model changed. Any other method name labels what
@@ -55,6 +56,14 @@ CLOSED_FORMS = ("mace", "uce")
 GRADIENTS = ("full", "cached")
 NAIVE_SUM = "naive_lora_sum"
 METHODS = ("none", *CLOSED_FORMS, *GRADIENTS, NAIVE_SUM)
+# Behind the name of a closed form: uce+retain, uce+retain+gate
+EXTRAS = {"retain": {"retain_set": "small"}, "gate": {"where": "prompts that name it"}}
+
+
+def runs_here(method: str) -> bool:
+    """Whether a method is one of ours, with the extras it may have."""
+    name, *extras = method.split("+")
+    return name in (CLOSED_FORMS if extras else METHODS) and EXTRAS.keys() >= set(extras)
 
 
 @dataclass(frozen=True)
@@ -175,8 +184,9 @@ class Editor:
         if method == "none":
             return self._model
         concepts = self._run("LacunaConceptSet", concept_set_inputs(task))[0]
-        if method in CLOSED_FORMS:
-            return self._refine(concepts, method)[0]
+        name_of_form, *extras = method.split("+")
+        if name_of_form in CLOSED_FORMS:
+            return self._refine(concepts, name_of_form, extras)[0]
         # uce: what attention is left at the phrase reads the anchor there, not the concept
         refined, refinement = self._refine(concepts, "mace" if method == NAIVE_SUM else "uce")[:2]
         loras, file = self._train(name, concepts, refinement, method)
@@ -194,8 +204,10 @@ class Editor:
         finally:
             progress.clear()
 
-    def _refine(self, concepts: Any, method: str) -> list[Any]:
+    def _refine(self, concepts: Any, method: str, extras: Sequence[str] = ()) -> list[Any]:
         inputs = {"model": self._model, "clip": self._clip, "concepts": concepts, "method": method}
+        for extra in extras:
+            inputs |= EXTRAS[extra]
         return self._run("LacunaAttentionRefine", inputs | self._protocol["refinement"])
 
     def _train(self, name: str, concepts: Any, refinement: Any, method: str) -> tuple[Any, Path]:
@@ -401,7 +413,7 @@ def score(options: argparse.Namespace, studio: Studio, pack: Any, host: Any, bun
         brought = with_patch(base, options.patch)
     elif options.workflow:
         brought = from_workflow(pack, host, options.workflow)
-    elif options.checkpoint and not set(METHODS).issuperset(options.method):
+    elif options.checkpoint and not all(map(runs_here, options.method)):
         brought = base
     editor = Editor(pack, base, clip, protocol, bundles)
     tasks = list(protocol["tasks"]) if options.task == ["all"] else options.task
@@ -501,8 +513,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(markdown_table(json.loads((options.out / "quality.json").read_text("utf-8"))))
         return 0
     brings = options.lora or options.patch or options.workflow or options.checkpoint
-    if not brings and not set(METHODS).issuperset(options.method):
-        parser.error(f"only {', '.join(METHODS)} run without a file that brings the edit")
+    if not brings and not all(map(runs_here, options.method)):
+        parser.error(
+            f"only {', '.join(METHODS)}, uce+retain and uce+retain+gate run without a file that "
+            "brings the edit"
+        )
     if options.transformer and options.command != "gates":
         parser.error("--transformer is for gates")
     if (options.lora or options.patch or options.workflow) and len(options.method) != 1:

@@ -59,6 +59,8 @@ class TextEncoder {
   virtual std::string cache_directory() = 0;
   // Literal text (no emphasis syntax) to ids with start and end token, unpadded, not truncated.
   virtual std::vector<int64_t> tokenize(const std::string& text) = 0;
+  // Whole words that the tokenizer knows as one token, most frequent first; empty: cannot say.
+  virtual std::vector<std::string> vocabulary() { return {}; }
   // [n, window, width] float32, any device: what cross-attention sees for each prompt.
   virtual at::Tensor encode(const std::vector<std::string>& prompts) = 0;
   // [n, length, width]: the first rows of encode(). They do not depend on later ones, so that a
@@ -100,6 +102,20 @@ struct WeightDelta {
   std::string name;
   at::Tensor up;    // [out, r], or [out, d] when down is undefined
   at::Tensor down;  // [r, d]
+};
+
+// Which prompts an edit acts on: those with a row whose score is above zero,
+//   score_k(t) = x_t . now_k + x_{t-1} . before_k - offset_k,
+// t counted in windows of `window` rows, without the first row of each.
+struct TextGate {
+  struct Test {
+    at::Tensor now;     // [d, k] float32
+    at::Tensor before;  // [d, k], or undefined: zero
+    at::Tensor offset;  // [k]
+    bool last_row_only = false;
+  };
+  std::vector<Test> tests;
+  int64_t window = 77;
 };
 
 // One linear map of what some weights read, x <- x + strength delta x, shared by all of them: for a
@@ -166,9 +182,11 @@ class Denoiser {
   virtual std::shared_ptr<Denoiser> with_weight_maps(const std::vector<TextMap>& maps,
                                                      double strength) = 0;
   // The same edit made on the inputs of the entries while the model runs: for weights that cannot
-  // be patched. No file of the host's holds it.
-  virtual std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps,
-                                                    double strength) = 0;
+  // be patched, and, with a gate, for prompts that it opens for only (null: all of them), the
+  // others being read as they are, bit for bit. No file of the host's holds it.
+  virtual std::shared_ptr<Denoiser> with_input_maps(
+      const std::vector<TextMap>& maps, double strength,
+      const std::shared_ptr<const TextGate>& gate) = 0;
   // Sigma of every training timestep, ascending, [1000] float32 CPU.
   virtual at::Tensor noise_levels() = 0;
   // [c, h, w] of the latent of a picture of that size in pixels. Throws where the model cannot draw

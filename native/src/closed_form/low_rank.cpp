@@ -38,9 +38,10 @@ Eigenpairs descending(const at::Tensor& symmetric) {
 
 // Leading eigenpairs of B^T B by subspace iteration with Rayleigh-Ritz, from directions that are
 // known already; b: [p, d] float32. Spectra of edits fall off fast, so a few rounds do; whatever
-// subspace comes out, its captured energy is exact.
+// subspace comes out, its captured energy is exact. Where two rounds leave out more than
+// `too_much` of the energy, more directions are called for, and no better ones.
 Eigenpairs leading(const at::Tensor& b, double total, int64_t k, const at::Tensor& known,
-                   Progress& progress) {
+                   double too_much, Progress& progress) {
   at::Generator generator = at::detail::createCPUGenerator(1);
   at::Tensor q =
       at::randn({b.size(1), k - known.size(1)}, generator, at::TensorOptions(at::kFloat));
@@ -55,6 +56,7 @@ Eigenpairs leading(const at::Tensor& b, double total, int64_t k, const at::Tenso
     const at::Tensor exact = image.to(at::kDouble);
     ritz = descending(at::matmul(exact.transpose(0, 1), exact));
     const double now = ritz.values.sum().item<double>();
+    if (round > 0 && total - now > too_much * total) break;
     if (now - captured <= kSettled * std::max(total - now, kNothing * total)) break;
     captured = now;
   }
@@ -77,8 +79,11 @@ SharedFactorization::SharedFactorization(const at::Tensor& delta, const at::Tens
     return;
   }
   Eigenpairs found{{}, at::zeros({d, 0}, at::kDouble)};
-  for (int64_t rank = std::min(max_rank, kFirstRank);; rank = std::min(max_rank, 2 * rank)) {
-    found = leading(b, total_, std::min(d, rank + kOversampling), found.vectors, progress);
+  const int64_t first = tolerance > 0.0 ? std::min(max_rank, kFirstRank) : max_rank;
+  for (int64_t rank = first;; rank = std::min(max_rank, 2 * rank)) {
+    const double too_much = rank < max_rank ? 2 * tolerance * tolerance : 1.0;
+    found =
+        leading(b, total_, std::min(d, rank + kOversampling), found.vectors, too_much, progress);
     take({found.values, found.vectors}, rank);
     if (rank == max_rank || rank_for(tolerance)) return;
   }

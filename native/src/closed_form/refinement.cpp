@@ -160,8 +160,8 @@ class AnchorGroup {
  public:
   AnchorGroup(const at::Tensor& anchor_embeddings, int templates)
       : anchor_(anchor_embeddings.reshape({-1, anchor_embeddings.size(2)})),
-        followers_(at::zeros_like(anchor_.exact)),
-        edited_(anchor_.exact.size(1)),
+        followers_(at::zeros(anchor_.rows.sizes(), at::kDouble)),
+        edited_(anchor_.rows.size(1)),
         weight_(1.0 / templates) {}
 
   void add(const ConceptRows& rows) {
@@ -474,6 +474,7 @@ Refinement solve_refinement(const RefinementProblem& problem, const RefinementOp
   at::Tensor base = problem.concepts.kept + identity * options.regularization;
   if (problem.preserve.defined()) base.add_(problem.preserve, options.preserve_weight);
   if (problem.prior.defined()) base.add_(problem.prior, options.prior_weight);
+  if (problem.retain.defined()) base.add_(problem.retain);
   at::Tensor edited = problem.concepts.edited.clone();
   at::Tensor shift = problem.concepts.shift.clone();
 

@@ -6,7 +6,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/randint.h>
-#include <ATen/ops/randperm.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -20,13 +19,19 @@ namespace {
 constexpr int64_t kSketchRows = 4096;
 
 // float32, on the model's device.
-at::Tensor finite_weight(Denoiser& model, const TextEntry& projection) {
-  const at::Tensor weight = entry_weight(model, projection).detach().to(at::kFloat);
-  if (!at::isfinite(weight).all().item<bool>()) {
-    throw Error("the model's weight '" + projection.name +
+at::Tensor float_weight(Denoiser& model, const TextEntry& projection) {
+  return entry_weight(model, projection).detach().to(at::kFloat);
+}
+
+// sum: what was added up over the entries. It is finite only where every weight is.
+void check_finite(const at::Tensor& sum, Denoiser& model, const std::vector<TextEntry>& entries) {
+  if (at::isfinite(sum).all().item<bool>()) return;
+  for (const TextEntry& entry : entries) {
+    if (at::isfinite(float_weight(model, entry)).all().item<bool>()) continue;
+    throw Error("the model's weight '" + entry.name +
                 "' holds NaN or infinity; load an undamaged checkpoint");
   }
-  return weight;
+  throw Error("the model's weights are too large to be edited; load an undamaged checkpoint");
 }
 
 }  // namespace
@@ -91,22 +96,29 @@ at::Tensor entry_rows(Denoiser& model, const std::vector<TextEntry>& projections
   std::vector<at::Tensor> kept;  // the rows themselves, while they are few
   int64_t count = 0;
   at::Tensor sums;
+  // One pass over the weight: every row is added, with a random sign, to a row of its own,
+  // beginning at a random one. No two rows of a call meet, so that the sums do not depend on the
+  // device's order.
   const auto fold = [&](const at::Tensor& weight) {
     if (!sums.defined()) sums = at::zeros({kSketchRows, weight.size(1)}, weight.options());
-    for (int64_t begin = 0; begin < weight.size(0); begin += kSketchRows) {
-      const int64_t size = std::min(kSketchRows, weight.size(0) - begin);
-      // No two rows of a call meet, so that the sums do not depend on the device's order.
-      const at::Tensor places = at::randperm(kSketchRows, generator, at::TensorOptions(at::kLong))
-                                    .narrow(0, 0, size)
-                                    .to(weight.device());
-      const at::Tensor signs =
-          at::randint(0, 2, {size, 1}, generator, at::TensorOptions(at::kFloat)).mul_(2).sub_(1);
-      sums.index_add_(0, places, weight.narrow(0, begin, size) * signs.to(weight.device()));
+    const at::Tensor signs =
+        at::randint(0, 2, {weight.size(0), 1}, generator, at::TensorOptions(at::kFloat))
+            .mul_(2)
+            .sub_(1)
+            .to(weight.device());
+    int64_t place =
+        at::randint(0, kSketchRows, {1}, generator, at::TensorOptions(at::kLong)).item<int64_t>();
+    for (int64_t begin = 0; begin < weight.size(0);) {
+      const int64_t size = std::min(kSketchRows - place, weight.size(0) - begin);
+      sums.narrow(0, place, size)
+          .addcmul_(weight.narrow(0, begin, size), signs.narrow(0, begin, size));
+      begin += size;
+      place = 0;
     }
   };
   for (const TextEntry& projection : projections) {
     progress.check();
-    const at::Tensor weight = finite_weight(model, projection);
+    const at::Tensor weight = float_weight(model, projection);
     count += weight.size(0);
     if (!sums.defined() && count <= kSketchRows) {
       kept.push_back(weight.to(at::kCPU));
@@ -116,7 +128,9 @@ at::Tensor entry_rows(Denoiser& model, const std::vector<TextEntry>& projections
     kept.clear();
     fold(weight);
   }
-  return sums.defined() ? sums.to(at::kCPU) : at::cat(kept);
+  const at::Tensor rows = sums.defined() ? sums.to(at::kCPU) : at::cat(kept);
+  check_finite(rows, model, projections);
+  return rows;
 }
 
 at::Tensor entry_gram(Denoiser& model, const std::vector<TextEntry>& projections,
@@ -124,14 +138,16 @@ at::Tensor entry_gram(Denoiser& model, const std::vector<TextEntry>& projections
   at::Tensor sum;
   for (const TextEntry& projection : projections) {
     progress.check();
-    const at::Tensor weight = finite_weight(model, projection);
+    const at::Tensor weight = float_weight(model, projection);
     // float32 is enough for a metric; sums over layers are float64.
     at::Tensor gram = at::zeros({weight.size(1), weight.size(1)}, weight.options());
     add_gram_upper(gram, weight, 1.0);
     gram = gram.to(at::kCPU, at::kDouble);
     sum = sum.defined() ? sum.add_(gram) : gram;
   }
-  return symmetrize_upper(sum);
+  const at::Tensor gram = symmetrize_upper(sum);
+  check_finite(gram, model, projections);
+  return gram;
 }
 
 }  // namespace lacuna

@@ -4,6 +4,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/randn.h>
@@ -11,12 +12,15 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "lacuna/error.h"
 
 namespace lacuna {
 namespace {
+// Copies in float64 stay so small that the allocator has them at hand.
+constexpr int64_t kRowsAtOnce = 512;
 constexpr int64_t kBlocks = 8;  // 36 of 64 blocks of a symmetric product are computed
 // Directions that are multiplied in float64, found from a few more random combinations. On CLIP
 // embeddings 1.6e-3 of the energy is left after 16 of them, 2e-4 after 64.
@@ -61,7 +65,7 @@ at::Tensor symmetrize_upper(const at::Tensor& upper) {
   return upper.triu() + upper.triu(1).transpose(0, 1);
 }
 
-SplitRows::SplitRows(const at::Tensor& rows) : exact(rows.to(at::kDouble)) {
+SplitRows::SplitRows(const at::Tensor& all) : rows(all) {
   const int64_t n = rows.size(0);
   const int64_t d = rows.size(1);
   const int64_t k = kDirections + kExtraDirections;
@@ -70,21 +74,41 @@ SplitRows::SplitRows(const at::Tensor& rows) : exact(rows.to(at::kDouble)) {
   const at::Tensor mix = at::randn({k, n}, generator, at::TensorOptions(at::kFloat));
   const at::Tensor found = at::matmul(mix, rows.to(at::kFloat)).to(at::kDouble);
   basis = std::get<0>(at::linalg_qr(found.transpose(0, 1)));
-  along = at::matmul(exact, basis);
-  rest = at::addmm(exact, along, basis.transpose(0, 1), 1.0, -1.0).to(at::kFloat);
-  split = rest.square().sum(at::kDouble).item<double>() <=
-          kLeftToFloat32 * exact.square().sum().item<double>();
+  along = at::empty({n, k}, at::kDouble);
+  rest = at::empty({n, d}, at::kFloat);
+  double energy = 0.0;
+  double left = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kRowsAtOnce) {
+    const int64_t size = std::min(kRowsAtOnce, n - begin);
+    at::Tensor block = rows.narrow(0, begin, size).to(at::kDouble, false, /*copy=*/true);
+    at::Tensor block_along = along.narrow(0, begin, size);
+    energy += std::pow(block.norm().item<double>(), 2);
+    at::matmul_out(block_along, block, basis);
+    block.addmm_(block_along, basis.transpose(0, 1), 1.0, -1.0);
+    left += std::pow(block.norm().item<double>(), 2);
+    rest.narrow(0, begin, size).copy_(block);
+  }
+  split = left <= kLeftToFloat32 * energy;
 }
 
 at::Tensor SplitRows::transposed_product(const at::Tensor& other) const {
-  if (!split) return at::matmul(exact.transpose(0, 1), other);
+  if (!split) return at::matmul(rows.to(at::kDouble).transpose(0, 1), other);
   // `other` is parted along the same directions, so that float32 sees small numbers only.
   const at::Tensor other_along = at::matmul(other, basis);
   const at::Tensor other_rest = at::addmm(other, other_along, basis.transpose(0, 1), 1.0, -1.0);
   at::Tensor product = at::matmul(rest.transpose(0, 1), other_rest.to(at::kFloat)).to(at::kDouble);
-  product.addmm_(at::matmul(rest.to(at::kDouble).transpose(0, 1), other_along),
-                 basis.transpose(0, 1));
+  product.addmm_(rest_product(other_along), basis.transpose(0, 1));
   return product.addmm_(basis, at::matmul(along.transpose(0, 1), other));
+}
+
+at::Tensor SplitRows::rest_product(const at::Tensor& other) const {
+  at::Tensor product = at::zeros({rest.size(1), other.size(1)}, at::kDouble);
+  for (int64_t begin = 0; begin < rest.size(0); begin += kRowsAtOnce) {
+    const int64_t size = std::min(kRowsAtOnce, rest.size(0) - begin);
+    product.addmm_(rest.narrow(0, begin, size).to(at::kDouble).transpose(0, 1),
+                   other.narrow(0, begin, size));
+  }
+  return product;
 }
 
 GramSum::GramSum(int64_t width) : upper_(at::zeros({width, width}, at::kDouble)) {}
@@ -92,7 +116,7 @@ GramSum::GramSum(int64_t width) : upper_(at::zeros({width, width}, at::kDouble))
 void GramSum::add(const at::Tensor& rows, double weight) {
   const SplitRows parts(rows);
   if (!parts.split) {
-    add_gram_upper(upper_, parts.exact, weight);
+    add_gram_upper(upper_, rows.to(at::kDouble), weight);
     return;
   }
   // (along basis^T + rest)^T (along basis^T + rest), parted by precision.
@@ -102,7 +126,7 @@ void GramSum::add(const at::Tensor& rows, double weight) {
   const at::Tensor mixed =
       at::matmul(parts.basis, at::matmul(parts.along.transpose(0, 1), parts.along))
           .mul_(0.5)
-          .add_(at::matmul(parts.rest.to(at::kDouble).transpose(0, 1), parts.along));
+          .add_(parts.rest_product(parts.along));
   if (!half_.defined()) half_ = at::zeros_like(upper_);
   half_.addmm_(mixed, parts.basis.transpose(0, 1), 1.0, weight);
 }

@@ -161,6 +161,7 @@ Fusion FusionSums::solve(const KeptText& kept, const FusionOptions& options,
   at::Tensor kept_sum = zeros();
   if (kept.preserve.defined()) add_scaled(kept_sum, kept.preserve, options.preserve_weight);
   if (kept.prior.defined()) add_scaled(kept_sum, kept.prior, options.prior_weight);
+  if (kept.retain.defined()) add_scaled(kept_sum, kept.retain, 1.0);
   kept_sum.diagonal().add_(options.regularization);
 
   at::Tensor shift = zeros();  // (N - I) H

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "lacuna/closed_form/text_entry.h"
+#include "lacuna/closed_form/text_gate.h"
 
 namespace lacuna::testing {
 namespace {
@@ -98,14 +99,16 @@ std::shared_ptr<Denoiser> FakeDenoiser::with_weight_maps(const std::vector<TextM
   return patched;
 }
 
-std::shared_ptr<Denoiser> FakeDenoiser::with_input_maps(const std::vector<TextMap>& maps,
-                                                        double strength) {
+std::shared_ptr<Denoiser> FakeDenoiser::with_input_maps(
+    const std::vector<TextMap>& maps, double strength,
+    const std::shared_ptr<const TextGate>& gate) {
   auto patched = std::make_shared<FakeDenoiser>(*this);
   for (const TextMap& map : maps) {
     const at::Tensor delta = map.in.defined() ? at::matmul(map.out, map.in) : map.out;
     for (const TextEntry& entry : map.entries) {
       patched->input_maps_[entry.name] = strength * delta;
     }
+    patched->gate_ = gate;
   }
   return patched;
 }
@@ -114,7 +117,14 @@ at::Tensor FakeDenoiser::read(const TextEntry& projection, const at::Tensor& con
   const at::Tensor& weight = weights_.at(projection.name);
   at::Tensor x = context.to(weight);
   if (const auto it = input_maps_.find(projection.name); it != input_maps_.end()) {
-    x = x + at::matmul(x, it->second.t().to(weight));
+    const at::Tensor mapped = x + at::matmul(x, it->second.t().to(weight));
+    if (gate_ == nullptr) {
+      x = mapped;
+    } else {
+      const at::Tensor prompts = x.dim() == 2 ? x.unsqueeze(0) : x;
+      const at::Tensor open = opens(*gate_, prompts).to(x.device());
+      x = at::where(open.reshape({-1, 1, 1}), mapped, prompts).reshape(x.sizes());
+    }
   }
   return at::matmul(x, weight.t());
 }

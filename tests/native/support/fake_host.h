@@ -23,9 +23,11 @@ class FakeTextEncoder : public TextEncoder {
   WeightSamples weight_samples() override { return samples_; }
   std::string cache_directory() override { return cache_directory_; }
   std::vector<int64_t> tokenize(const std::string& text) override;
+  std::vector<std::string> vocabulary() override { return vocabulary_; }
   at::Tensor encode(const std::vector<std::string>& prompts) override;
 
   std::string fingerprint_ = "fake";
+  std::vector<std::string> vocabulary_;
   WeightSamples samples_;
   std::string cache_directory_;
   int64_t encoded_prompts = 0;
@@ -53,8 +55,8 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
                                                double strength) override;
   std::shared_ptr<Denoiser> with_weight_maps(const std::vector<TextMap>& maps,
                                              double strength) override;
-  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps,
-                                            double strength) override;
+  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps, double strength,
+                                            const std::shared_ptr<const TextGate>& gate) override;
   at::Tensor noise_levels() override;
   std::vector<int64_t> latent_shape(int64_t width, int64_t height) override;
   at::Tensor to_host_latent(const at::Tensor& latent) override { return latent / 0.18215; }
@@ -71,6 +73,7 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
   std::vector<TextEntry> projections_;
   std::map<std::string, at::Tensor> weights_;
   std::map<std::string, at::Tensor> input_maps_;  // by weight: strength delta, [d, d]
+  std::shared_ptr<const TextGate> gate_;          // of the input maps
 
  private:
   // What a projection makes of an embedding, [..., d].

@@ -38,12 +38,14 @@ struct RefinementProblem {
   TextStatistics concepts;  // summed over concepts
   at::Tensor preserve;      // [d, d] summed over preserved phrases; may be undefined
   at::Tensor prior;         // [d, d] general_prior_gram; may be undefined
+  at::Tensor retain;        // [d, d] of the retain set; may be undefined
 };
 
 // What a closed form must leave alone, [d, d] float64 CPU each.
 struct KeptText {
   at::Tensor preserve;  // summed over preserved phrases, each a mean over its prompts
   at::Tensor prior;     // general_prior_gram without the captions that name something erased
+  at::Tensor retain;    // of the retain set; may be undefined
 };
 
 struct Refinement {

@@ -37,8 +37,11 @@ struct SplitRows {
   // rows^T other, [d, d] float64; other: [n, d] float64, rows of the same kind
   at::Tensor transposed_product(const at::Tensor& other) const;
 
+  // rest^T other, [d, m] float64; other: [n, m] float64. Only if split.
+  at::Tensor rest_product(const at::Tensor& other) const;
+
   bool split = false;
-  at::Tensor exact;  // [n, d] float64: the rows themselves
+  at::Tensor rows;   // [n, d]: as given
   at::Tensor basis;  // [d, k], only if split
   at::Tensor along;  // [n, k], only if split
   at::Tensor rest;   // [n, d] float32, only if split

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "lacuna/concepts/concept_set.h"
+#include "lacuna/host.h"
+
+namespace lacuna {
+
+// The retain set: what nobody listed must live, too. Words of the text encoder's own vocabulary,
+// put into what the targets share ("{}", "flag of {}"), are kept like preserved phrases, so that
+// the directions that the targets have in common with them stay pinned. Words that the encoder
+// takes for a target (synonyms, plurals, spellings: ConceptRecognizer) are left out, or they would
+// keep alive what is to go.
+
+enum class RetainSetSize { kNone, kSmall, kFull };  // 0, 200 and 2,000 words
+std::string_view to_string(RetainSetSize size);
+RetainSetSize retain_set_from_string(std::string_view text);
+
+// What text encoder and templates make of phrases, for telling concepts from them.
+struct PhraseRows {
+  std::vector<std::string> phrases;
+  at::Tensor last;  // [n, d] float64: last row of the window, mean over the plain templates
+  // [n, kRetainPrompts, sampled_positions().size(), d] float16: alone, in a photo, and beside
+  // others
+  at::Tensor rows;
+};
+inline constexpr int64_t kRetainPrompts = 3;
+// Rows of a window that are kept of every prompt: its beginning, and some of the padding, each with
+// the row before.
+std::vector<int64_t> sampled_positions(int64_t window);
+
+struct RetainSet {
+  // Sum over words and frames of the mean over prompts of sum_positions e e^T, [d, d] float64 CPU,
+  // frames but "{}" with a small weight; of more than 250 phrases, as much as 250. Undefined for
+  // kNone.
+  at::Tensor gram;
+  PhraseRows kept;
+  int64_t words = 0;                    // phrases that are kept
+  std::vector<std::string> vocabulary;  // the words themselves
+  std::vector<std::string> frames;      // with a slot "{}"
+  std::vector<std::string> left_out;    // phrases that the encoder takes for a target
+};
+
+// What multi-word targets have in common, with a slot "{}" for the rest; "{}" itself is the first.
+std::vector<std::string> shared_frames(const std::vector<Concept>& concepts);
+
+// The last row of the window, mean over the plain templates: [n, d] float64.
+at::Tensor last_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
+                     Progress& progress);
+// Phrases in the retain set's prompts; companions: words to stand beside them.
+PhraseRows read_phrase_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
+                            const std::vector<std::string>& companions, Progress& progress);
+
+// Every prompt is encoded once per encoder, frame and size: kept in encoder.cache_directory() under
+// the encoder's fingerprint, with a checksum. Throws Error when the encoder tells no vocabulary.
+RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& concepts,
+                             RetainSetSize size, Progress& progress);
+
+}  // namespace lacuna

@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/closed_form/retain_set.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <array>
+#include <functional>
+#include <map>
+#include <numeric>
+#include <optional>
+#include <set>
+
+#include "lacuna/closed_form/concept_recognizer.h"
+#include "lacuna/closed_form/text_statistics.h"
+#include "lacuna/concepts/concept_prompts.h"
+#include "lacuna/concepts/prompt_templates.h"
+#include "lacuna/error.h"
+#include "lacuna/files/cached_tensor.h"
+#include "lacuna/files/checksum.h"
+#include "lacuna/files/safetensors_file.h"
+#include "lacuna/files/text.h"
+
+namespace lacuna {
+namespace {
+
+constexpr std::string_view kSlot = "{}";
+constexpr std::array<std::string_view, 2> kPlainTemplates{"{}", "a photo of {}"};
+constexpr size_t kMostFrames = 3;
+// As much weight as the words of the demo model's vocabulary had when the weight was chosen.
+constexpr double kCountedWords = 250.0;
+// Words in what the targets share are so near to them that more weight keeps the targets, too: on
+// the demo model's ten flags 1 leaves 10 of 40 drawn, 0.2 2 of 20, 0.02 none.
+constexpr double kSharedFrameWeight = 0.02;
+// Of so many candidates for every word wanted the encoder is asked whether it tells them apart: one
+// that was trained on few words reads most of a vocabulary alike.
+constexpr size_t kCandidatesPerWord = 100;
+constexpr size_t kShortestWord = 3;
+// Raised when words, templates or the format change, so that old cache files are not used.
+constexpr std::string_view kRetainFormat = "lacuna.retain_set/2";
+
+size_t wanted_words(RetainSetSize size) {
+  return size == RetainSetSize::kFull ? 2000 : size == RetainSetSize::kSmall ? 200 : 0;
+}
+
+std::vector<std::string> words_of(const std::string& phrase) {
+  std::vector<std::string> words;
+  for (size_t begin = 0; begin < phrase.size();) {
+    const size_t end = std::min(phrase.find(' ', begin), phrase.size());
+    if (end > begin) words.push_back(phrase.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return words;
+}
+
+bool is_plain_word(const std::string& word) {
+  return word.size() >= kShortestWord &&
+         std::all_of(word.begin(), word.end(), [](char c) { return c >= 'a' && c <= 'z'; });
+}
+
+// The first words of the vocabulary that the encoder tells apart: each reads, alone in a prompt,
+// like no earlier one.
+std::vector<std::string> distinct_words(TextEncoder& encoder, size_t wanted, Progress& progress) {
+  constexpr size_t kAtOnce = 64;
+  constexpr int64_t kStartAndWord = 2;  // the row of the word itself, which has read no more
+  std::vector<std::string> candidates = encoder.vocabulary();
+  std::erase_if(candidates, [](const std::string& word) { return !is_plain_word(word); });
+  candidates.resize(std::min(candidates.size(), wanted * kCandidatesPerWord));
+  std::vector<std::string> words;
+  std::set<std::vector<int64_t>> seen;
+  for (size_t begin = 0; begin < candidates.size() && words.size() < wanted; begin += kAtOnce) {
+    progress.check();
+    const size_t end = std::min(candidates.size(), begin + kAtOnce);
+    const std::vector<std::string> part(candidates.begin() + static_cast<int64_t>(begin),
+                                        candidates.begin() + static_cast<int64_t>(end));
+    const at::Tensor rows =
+        encoder.encode_start(part, kStartAndWord).select(1, 1).to(at::kCPU, at::kDouble);
+    // A few coordinates, rounded, tell two rows apart, and not the rounding of two batches.
+    const int64_t coordinates = std::min<int64_t>(8, rows.size(1));
+    const at::Tensor rounded =
+        (rows.narrow(1, 0, coordinates) * 100.0).round().to(at::kLong).contiguous();
+    for (size_t i = 0; i < part.size() && words.size() < wanted; ++i) {
+      const int64_t* row =
+          rounded.const_data_ptr<int64_t>() + static_cast<int64_t>(i) * coordinates;
+      if (seen.insert({row, row + coordinates}).second) words.push_back(part[i]);
+    }
+  }
+  return words;
+}
+
+// Alone, in a photo, and in turn in one of some ways beside other words.
+std::vector<std::string> retain_prompts(const std::string& phrase, size_t number,
+                                        const std::vector<std::string>& companions) {
+  constexpr std::array<std::string_view, 5> kBeside{"{} and {1}", "{1} and {}",
+                                                    "a picture of {1} with {}", "{1}, {2}, {}",
+                                                    "a drawing of {} beside {1} in {2} style"};
+  std::vector<std::string> prompts;
+  for (std::string_view each : kPlainTemplates) prompts.push_back(fill_template(each, phrase));
+  std::string beside(kBeside[number % kBeside.size()]);
+  for (const size_t which : {size_t{1}, size_t{2}}) {
+    const std::string slot = "{" + std::to_string(which) + "}";
+    const std::string& word =
+        companions[(number * (4 * which + 3) + 5 * which) % companions.size()];
+    if (const size_t at = beside.find(slot); at != std::string::npos) beside.replace(at, 3, word);
+  }
+  prompts.push_back(fill_template(beside, phrase));
+  return prompts;
+}
+
+// What the closed form keeps, and what tells phrases apart.
+struct FrameStatistics {
+  at::Tensor gram;  // [d, d], sum over phrases
+  at::Tensor last;  // PhraseRows
+  at::Tensor rows;
+};
+
+// numbers: which of `phrases` to read.
+FrameStatistics read_phrases(TextEncoder& encoder, const std::vector<std::string>& phrases,
+                             const std::vector<size_t>& numbers,
+                             const std::vector<std::string>& companions,
+                             const std::function<void()>& after_call, Progress& progress) {
+  const int64_t d = encoder.width();
+  const at::Tensor places = at::tensor(sampled_positions(encoder.window()), at::kLong);
+  GramSum sum(d);
+  std::vector<at::Tensor> last{at::zeros({0, d}, at::kDouble)};
+  std::vector<at::Tensor> rows{at::zeros({0, kRetainPrompts, places.size(0), d}, at::kHalf)};
+  // Sums of larger blocks of rows than one call gives.
+  std::vector<at::Tensor> block;
+  const auto fold = [&] {
+    if (!block.empty()) sum.add(at::cat(block), 1.0 / static_cast<double>(kRetainPrompts));
+    block.clear();
+  };
+  constexpr size_t kCallsPerBlock = 32;
+  for (const size_t number : numbers) {
+    progress.check();
+    const at::Tensor read = encoder.encode(retain_prompts(phrases[number], number, companions))
+                                .to(at::kCPU, at::kFloat);
+    block.push_back(read.reshape({-1, d}));
+    last.push_back(read.narrow(0, 0, static_cast<int64_t>(kPlainTemplates.size()))
+                       .select(1, read.size(1) - 1)
+                       .to(at::kDouble)
+                       .mean(0, /*keepdim=*/true));
+    rows.push_back(read.index_select(1, places).to(at::kHalf).unsqueeze(0));
+    if (block.size() == kCallsPerBlock) fold();
+    after_call();
+  }
+  fold();
+  return {sum.finish(), at::cat(last), at::cat(rows)};
+}
+
+std::vector<size_t> all_of(const std::vector<std::string>& phrases) {
+  std::vector<size_t> numbers(phrases.size());
+  std::iota(numbers.begin(), numbers.end(), size_t{0});
+  return numbers;
+}
+
+std::string cache_path(TextEncoder& encoder, const std::string& frame, RetainSetSize size) {
+  if (encoder.cache_directory().empty() || encoder.fingerprint().empty()) return {};
+  return encoder.cache_directory() + "/retain_set_" + encoder.fingerprint() + "_" +
+         std::string(to_string(size)) + "_" + checksum_of({{}, {{"frame", frame}}}) +
+         ".safetensors";
+}
+
+std::vector<std::string> fill_all(const std::string& frame, const std::vector<std::string>& words) {
+  std::vector<std::string> filled;
+  for (const std::string& word : words) filled.push_back(fill_template(frame, word));
+  return filled;
+}
+
+}  // namespace
+
+std::string_view to_string(RetainSetSize size) {
+  return size == RetainSetSize::kFull ? "full" : size == RetainSetSize::kSmall ? "small" : "none";
+}
+
+RetainSetSize retain_set_from_string(std::string_view text) {
+  for (const RetainSetSize size :
+       {RetainSetSize::kNone, RetainSetSize::kSmall, RetainSetSize::kFull}) {
+    if (to_string(size) == text) return size;
+  }
+  throw Error("unknown retain set " + in_quotes(text) + "; use one of: none, small, full");
+}
+
+std::vector<std::string> shared_frames(const std::vector<Concept>& concepts) {
+  std::map<std::string, size_t> count;
+  for (const Concept& item : concepts) {
+    const std::vector<std::string> words = words_of(item.target);
+    if (words.size() < 2) continue;
+    std::string before;
+    std::string behind;
+    for (size_t i = 0; i + 1 < words.size(); ++i) {
+      before += words[i] + " ";
+      behind += " " + words[i + 1];
+    }
+    ++count[before + std::string(kSlot)];
+    ++count[std::string(kSlot) + behind];
+  }
+  // Of a single target both; of several what a fifth of them share.
+  const size_t enough = concepts.size() == 1 ? 1 : std::max<size_t>(2, concepts.size() / 5);
+  std::vector<std::pair<size_t, std::string>> shared;
+  for (const auto& [frame, times] : count) {
+    if (times >= enough) shared.emplace_back(times, frame);
+  }
+  std::stable_sort(shared.begin(), shared.end(),
+                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::vector<std::string> frames{std::string(kSlot)};
+  for (const auto& [times, frame] : shared) {
+    if (frames.size() < kMostFrames) frames.push_back(frame);
+  }
+  return frames;
+}
+
+std::vector<int64_t> sampled_positions(int64_t window) {
+  constexpr int64_t kBeginning = 16;
+  std::vector<int64_t> places;
+  for (int64_t t = 0; t < std::min(kBeginning, window); ++t) places.push_back(t);
+  for (const int64_t t : {int64_t{24}, int64_t{40}, int64_t{56}, window - 1}) {
+    if (t < kBeginning + 1 || t >= window || places.back() >= t - 1) continue;
+    places.push_back(t - 1);
+    places.push_back(t);
+  }
+  return places;
+}
+
+at::Tensor last_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
+                     Progress& progress) {
+  std::vector<at::Tensor> last{at::zeros({0, encoder.width()}, at::kDouble)};
+  for (const std::string& phrase : phrases) {
+    progress.check();
+    std::vector<std::string> prompts;
+    for (std::string_view each : kPlainTemplates) prompts.push_back(fill_template(each, phrase));
+    const at::Tensor read = encoder.encode(prompts).to(at::kCPU, at::kDouble);
+    last.push_back(read.select(1, read.size(1) - 1).mean(0, /*keepdim=*/true));
+  }
+  return at::cat(last);
+}
+
+PhraseRows read_phrase_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
+                            const std::vector<std::string>& companions, Progress& progress) {
+  FrameStatistics read =
+      read_phrases(encoder, phrases, all_of(phrases), companions, [] {}, progress);
+  return {phrases, std::move(read.last), std::move(read.rows)};
+}
+
+RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& concepts,
+                             RetainSetSize size, Progress& progress) {
+  RetainSet set;
+  if (size == RetainSetSize::kNone) return set;
+  const int64_t d = encoder.width();
+  set.frames = shared_frames(concepts);
+  std::vector<std::string> erased;
+  for (const Concept& item : concepts) {
+    for (std::string& phrase : phrases(item)) erased.push_back(std::move(phrase));
+  }
+
+  std::vector<std::string> words;
+  std::vector<FrameStatistics> read(set.frames.size());
+  std::vector<std::string> paths;
+  std::vector<std::string> vocabulary;
+  for (size_t f = 0; f < set.frames.size(); ++f) {
+    paths.push_back(cache_path(encoder, set.frames[f], size));
+    if (paths.back().empty()) continue;
+    const auto known = load_cached_tensors(paths.back(), kRetainFormat);
+    if (!known || !known->contains("gram") || !known->contains("last") ||
+        !known->contains("rows") || !known->contains("places")) {
+      continue;
+    }
+    // The words by their places in the vocabulary.
+    if (vocabulary.empty()) vocabulary = encoder.vocabulary();
+    const at::Tensor& places = known->at("places");
+    std::vector<std::string> listed;
+    for (int64_t i = 0; i < places.numel(); ++i) {
+      const int64_t place = places[i].item<int64_t>();
+      if (place >= 0 && place < static_cast<int64_t>(vocabulary.size())) {
+        listed.push_back(vocabulary[static_cast<size_t>(place)]);
+      }
+    }
+    if (!words.empty() && words != listed) continue;
+    words = std::move(listed);
+    read[f] = {known->at("gram"), known->at("last"), known->at("rows")};
+  }
+  if (words.empty()) words = distinct_words(encoder, wanted_words(size), progress);
+  if (words.size() < 2) {
+    throw Error(
+        "the text encoder tells no words of its vocabulary, which the retain set is made of; set "
+        "'retain set' to none");
+  }
+  int64_t missing = 0;
+  for (const FrameStatistics& each : read) missing += each.gram.defined() ? 0 : 1;
+  const auto calls = static_cast<int64_t>(words.size());
+  int64_t done = 0;
+  for (size_t f = 0; f < set.frames.size(); ++f) {
+    if (read[f].gram.defined()) continue;
+    progress.status("retain set: reading " + std::to_string(words.size()) + " words as '" +
+                    set.frames[f] + "', once for this text encoder");
+    const std::vector<std::string> filled = fill_all(set.frames[f], words);
+    read[f] = read_phrases(
+        encoder, filled, all_of(filled), words, [&] { progress.report(++done, missing * calls); },
+        progress);
+    if (paths[f].empty()) continue;
+    if (vocabulary.empty()) vocabulary = encoder.vocabulary();
+    std::map<std::string, int64_t> place_of;
+    for (size_t i = 0; i < vocabulary.size(); ++i) {
+      place_of.emplace(vocabulary[i], static_cast<int64_t>(i));
+    }
+    std::vector<int64_t> places;
+    for (const std::string& word : words) places.push_back(place_of.at(word));
+    save_cached_tensors({{"gram", read[f].gram},
+                         {"last", read[f].last},
+                         {"rows", read[f].rows},
+                         {"places", at::tensor(places, at::kLong)}},
+                        paths[f], kRetainFormat);
+  }
+
+  // What the encoder takes for a target, and what a target is called.
+  const at::Tensor targets = last_rows(encoder, erased, progress);
+  std::set<std::string> named;
+  for (const std::string& phrase : erased) named.insert(fold_case(phrase));
+  set.gram = at::zeros({d, d}, at::kDouble);
+  std::vector<at::Tensor> last;
+  std::vector<at::Tensor> rows;
+  for (size_t f = 0; f < set.frames.size(); ++f) {
+    const std::vector<std::string> filled = fill_all(set.frames[f], words);
+    const at::Tensor score =
+        std::get<0>(ConceptRecognizer(read[f].last, targets).scores(read[f].last).max(1));
+    std::vector<size_t> left_out;
+    std::vector<int64_t> kept;
+    for (size_t i = 0; i < filled.size(); ++i) {
+      const std::string& phrase = filled[i];
+      const bool plural =
+          phrase.ends_with('s') &&
+          (named.contains(phrase.substr(0, phrase.size() - 1)) ||
+           (phrase.ends_with("es") && named.contains(phrase.substr(0, phrase.size() - 2))));
+      if (named.contains(phrase) || plural ||
+          score[static_cast<int64_t>(i)].item<double>() > ConceptRecognizer::kNames) {
+        left_out.push_back(i);
+        set.left_out.push_back(phrase);
+      } else {
+        kept.push_back(static_cast<int64_t>(i));
+        set.kept.phrases.push_back(phrase);
+      }
+    }
+    const double weight = f == 0 ? 1.0 : kSharedFrameWeight;
+    set.gram.add_(read[f].gram, weight);
+    if (!left_out.empty()) {
+      set.gram.sub_(read_phrases(encoder, filled, left_out, words, [] {}, progress).gram, weight);
+    }
+    const at::Tensor places = at::tensor(kept, at::kLong);
+    last.push_back(read[f].last.index_select(0, places));
+    rows.push_back(read[f].rows.index_select(0, places));
+  }
+  set.kept.last = at::cat(last);
+  set.kept.rows = at::cat(rows);
+  set.words = static_cast<int64_t>(set.kept.phrases.size());
+  set.vocabulary = std::move(words);
+  if (static_cast<double>(set.words) > kCountedWords) {
+    set.gram.mul_(kCountedWords / static_cast<double>(set.words));
+  }
+  return set;
+}
+
+}  // namespace lacuna

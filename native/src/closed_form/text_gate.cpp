@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/closed_form/text_gate.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <array>
+#include <string_view>
+#include <utility>
+
+#include "lacuna/closed_form/concept_recognizer.h"
+#include "lacuna/closed_form/spd_solver.h"
+#include "lacuna/closed_form/text_statistics.h"
+#include "lacuna/concepts/prompt_templates.h"
+#include "lacuna/files/text.h"
+
+namespace lacuna {
+namespace {
+
+constexpr int kPlainPrompts = 8;  // of the concept's own templates
+// Chosen on the demo model's flags and objects, by words that its protocol does not use.
+constexpr double kShareOfOthers = 0.5;
+constexpr double kRidge = 1e-3;
+// One odd prompt of a concept does not decide its threshold.
+constexpr size_t kOddPrompts = 1;
+
+constexpr std::array<std::string_view, 8> kBesideOthers{"{} and {1}",
+                                                        "a photo of {} with {1}",
+                                                        "{1} and {}",
+                                                        "{1}, {2}, {}",
+                                                        "a picture of {1} beside {}",
+                                                        "a drawing of {1} and {} in {2} style",
+                                                        "a large {1} on a {2} next to {}, sunset",
+                                                        "{1} {2} {}"};
+
+// A prompt that names a phrase, and where the phrase's last token stands.
+struct NamingPrompt {
+  std::string text;
+  int64_t last_token;
+};
+
+std::vector<NamingPrompt> naming_prompts(TextEncoder& encoder, const Concept& item,
+                                         const std::string& phrase, size_t number,
+                                         const std::vector<std::string>& companions) {
+  std::vector<std::string> templates;
+  for (std::string_view each : prompt_templates(item.kind).first(kPlainPrompts)) {
+    templates.emplace_back(each);
+  }
+  for (size_t i = 0; i < kBesideOthers.size(); ++i) {
+    std::string beside(kBesideOthers[i]);
+    for (const size_t which : {size_t{1}, size_t{2}}) {
+      const std::string slot = "{" + std::to_string(which) + "}";
+      const std::string& word =
+          companions[(number * 31 + i * 17 + which * 101) % companions.size()];
+      if (const size_t at = beside.find(slot); at != std::string::npos) beside.replace(at, 3, word);
+    }
+    templates.push_back(std::move(beside));
+  }
+  const auto tokens = static_cast<int64_t>(encoder.tokenize(phrase).size()) - 2;
+  std::vector<NamingPrompt> prompts;
+  for (const std::string& each : templates) {
+    const std::string before = prefix_of_template(each);
+    const int64_t begin =
+        before.empty() ? 0 : static_cast<int64_t>(encoder.tokenize(before).size()) - 2;
+    prompts.push_back(
+        {fill_template(each, phrase), std::min(begin + tokens, encoder.window() - 1)});
+  }
+  return prompts;
+}
+
+// [rows, 2 d]: every row but the first with the one before it; embedded: [T, d]
+at::Tensor with_row_before(const at::Tensor& embedded) {
+  const int64_t pairs = embedded.size(0) - 1;
+  return at::cat({embedded.narrow(0, 1, pairs), embedded.narrow(0, 0, pairs)}, 1);
+}
+
+// The same of what was sampled of prompts, [m, 2 d]; rows: [n, prompts, P, d]
+at::Tensor sampled_pairs(const at::Tensor& rows, int64_t window) {
+  const std::vector<int64_t> places = sampled_positions(window);
+  std::vector<int64_t> now;
+  for (size_t i = 1; i < places.size(); ++i) {
+    if (places[i] == places[i - 1] + 1) now.push_back(static_cast<int64_t>(i));
+  }
+  const at::Tensor at_now = at::tensor(now, at::kLong);
+  return at::cat({rows.index_select(2, at_now), rows.index_select(2, at_now - 1)}, 3);
+}
+
+std::string shown(const std::string& phrase) { return in_quotes(phrase, 40); }
+
+}  // namespace
+
+FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
+                    const std::vector<PreservedPhrase>& preserve, const RetainSet& retained,
+                    Progress& progress) {
+  const int64_t d = encoder.width();
+  const int64_t window = encoder.window();
+  // What must stay: retained words and preserved phrases.
+  std::vector<std::string> preserved;
+  for (const PreservedPhrase& item : preserve) preserved.push_back(item.phrase);
+  PhraseRows stay = read_phrase_rows(encoder, preserved, retained.vocabulary, progress);
+  stay.phrases.insert(stay.phrases.begin(), retained.kept.phrases.begin(),
+                      retained.kept.phrases.end());
+  stay.last = at::cat({retained.kept.last, stay.last});
+  stay.rows = at::cat({retained.kept.rows, stay.rows});
+  const at::Tensor pairs = sampled_pairs(stay.rows, window);  // [n, prompts, m, 2 d]
+  const int64_t phrases_kept = pairs.size(0);
+  const at::Tensor others = pairs.reshape({-1, 2 * d}).to(at::kFloat);
+  const at::Tensor mean = others.mean(0, false, at::kDouble);
+  GramSum spread(2 * d);
+  spread.add(others - mean.to(at::kFloat), kShareOfOthers / static_cast<double>(others.size(0)));
+
+  // The concepts' own prompts, phrase by phrase.
+  std::vector<std::string> named;
+  std::vector<std::vector<at::Tensor>> own;  // of each phrase: prompts, [tokens, 2 d] float32
+  std::vector<at::Tensor> ends;              // of each phrase: [plain prompts, d]
+  std::vector<at::Tensor> means;
+  std::vector<at::Tensor> odd;
+  for (const Concept& item : concepts) {
+    for (const std::string& phrase : phrases(item)) {
+      std::vector<at::Tensor> prompts;
+      std::vector<at::Tensor> tokens;
+      std::vector<at::Tensor> last;
+      for (const NamingPrompt& each :
+           naming_prompts(encoder, item, phrase, named.size(), retained.vocabulary)) {
+        progress.check();
+        const at::Tensor rows = encoder.encode({each.text})[0].to(at::kCPU, at::kFloat);
+        const auto length =
+            std::min(window, static_cast<int64_t>(encoder.tokenize(each.text).size()));
+        const at::Tensor all = with_row_before(rows.narrow(0, 0, length));
+        tokens.push_back(all[std::min(each.last_token, length - 1) - 1].to(at::kDouble));
+        prompts.push_back(all);
+        if (last.size() < static_cast<size_t>(kPlainPrompts)) {
+          last.push_back(rows[window - 1].to(at::kDouble));
+        }
+      }
+      const at::Tensor token = at::stack(tokens);
+      means.push_back(token.mean(0));
+      odd.push_back(token - means.back());
+      own.push_back(std::move(prompts));
+      ends.push_back(at::stack(last));
+      named.push_back(phrase);
+      progress.status("gate: " + shown(phrase));
+    }
+  }
+  const at::Tensor within = at::cat(odd);
+  at::Tensor covariance = spread.finish();
+  covariance.addmm_(within.transpose(0, 1), within, 1.0, 1.0 / static_cast<double>(within.size(0)));
+  covariance.diagonal().add_(kRidge * covariance.diagonal().mean().item<double>());
+  const at::Tensor centred = at::stack(means) - mean;  // [k, 2 d]
+  at::Tensor weights = SpdSolver(covariance, kNoiseFloor).solve(centred.transpose(0, 1));
+  weights = weights / (centred.transpose(0, 1) * weights).sum(0).clamp_min(1e-12);  // [2 d, k]
+  const at::Tensor zero = at::matmul(mean, weights);                                // [k]
+
+  // Scores of what must stay, [phrases, k], and thresholds.
+  const at::Tensor stay_score = (at::matmul(others, weights.to(at::kFloat)) - zero.to(at::kFloat))
+                                    .reshape({phrases_kept, -1, weights.size(1)})
+                                    .amax(1)
+                                    .to(at::kDouble);
+  const auto [highest, which] = stay_score.max(0);
+  FittedGate fitted;
+  std::vector<double> thresholds;
+  for (size_t k = 0; k < named.size(); ++k) {
+    const auto column = static_cast<int64_t>(k);
+    const at::Tensor w = weights.select(1, column).to(at::kFloat);
+    std::vector<double> scores;
+    for (const at::Tensor& prompt : own[k]) {
+      scores.push_back(at::matmul(prompt, w).max().item<double>() - zero[column].item<double>());
+    }
+    std::sort(scores.begin(), scores.end());
+    const double lowest = scores[std::min(kOddPrompts, scores.size() - 1)];
+    const double other = highest[column].item<double>();
+    thresholds.push_back(lowest > other ? (lowest + other) / 2 : lowest - 1e-6);
+    if (lowest <= other) {
+      const auto number = static_cast<size_t>(which[column].item<int64_t>());
+      fitted.confused.push_back(shown(named[k]) + " from " + shown(stay.phrases[number]));
+    }
+  }
+  TextGate gate;
+  gate.window = window;
+  gate.tests.push_back({weights.narrow(0, 0, d).to(at::kFloat).contiguous(),
+                        weights.narrow(0, d, d).to(at::kFloat).contiguous(),
+                        (zero + at::tensor(thresholds, at::kDouble)).to(at::kFloat), false});
+
+  // What whole prompts are about.
+  std::vector<at::Tensor> centres;
+  for (const at::Tensor& each : ends) centres.push_back(each.mean(0));
+  const ConceptRecognizer recognizer(stay.last, at::stack(centres));
+  const at::Tensor ends_of_others =
+      stay.rows.select(2, stay.rows.size(2) - 1).reshape({-1, d}).to(at::kDouble);
+  const at::Tensor others_most = std::get<0>(recognizer.scores(ends_of_others).max(0));
+  constexpr double kMargin = 0.05;
+  const at::Tensor enough = (others_most + kMargin).clamp_min(ConceptRecognizer::kNames);
+  gate.tests.push_back(
+      {recognizer.weights().to(at::kFloat),
+       {},
+       (at::matmul(recognizer.mean(), recognizer.weights()) + enough).to(at::kFloat),
+       true});
+  fitted.gate = std::make_shared<const TextGate>(std::move(gate));
+  return fitted;
+}
+
+at::Tensor opens(const TextGate& gate, const at::Tensor& context) {
+  const int64_t n = context.size(0);
+  const int64_t windows = context.size(1) / gate.window;
+  const at::Tensor rows =
+      context.to(at::kCPU, at::kFloat).reshape({n, windows, gate.window, context.size(2)});
+  at::Tensor open = at::zeros({n}, at::kBool);
+  for (const TextGate::Test& test : gate.tests) {
+    const int64_t first = test.last_row_only ? gate.window - 1 : 1;
+    const int64_t count = gate.window - first;
+    at::Tensor score = at::matmul(rows.narrow(2, first, count), test.now) - test.offset;
+    if (test.before.defined()) {
+      score = score + at::matmul(rows.narrow(2, first - 1, count), test.before);
+    }
+    open = open.logical_or(score.gt(0).reshape({n, -1}).any(1));
+  }
+  return open;
+}
+
+}  // namespace lacuna

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/closed_form/retain_set.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+
+#include "lacuna/closed_form/concept_recognizer.h"
+#include "lacuna/closed_form/refinement.h"
+#include "lacuna/error.h"
+#include "support/fake_host.h"
+#include "support/message_of.h"
+#include "support/random_data.h"
+
+namespace lacuna {
+namespace {
+
+using testing::FakeTextEncoder;
+using testing::message_of;
+using testing::random_matrix;
+using testing::relative_difference;
+
+Concept concept_of(const std::string& target, std::vector<std::string> synonyms = {}) {
+  Concept item;
+  item.target = target;
+  item.anchor = "scenery";
+  item.synonyms = std::move(synonyms);
+  item.templates = 2;
+  return item;
+}
+
+TEST(ConceptRecognizer, TellsAConceptAndWhatIsNearItFromOtherWords) {
+  const at::Tensor words = random_matrix(300, 24);
+  const at::Tensor concepts = 3.0 * random_matrix(4, 24);
+  const ConceptRecognizer recognizer(words, concepts);
+  const at::Tensor own = recognizer.scores(concepts).diagonal();
+  EXPECT_LT((own - 1.0).abs().max().item<double>(), 1e-9);
+  EXPECT_LT(recognizer.scores(words.mean(0, true)).abs().max().item<double>(), 1e-9);
+  const at::Tensor near = concepts + 0.3 * random_matrix(4, 24);
+  EXPECT_GT(recognizer.scores(near).diagonal().min().item<double>(), ConceptRecognizer::kNames);
+  const at::Tensor others = recognizer.scores(words);
+  EXPECT_LT(others.gt(ConceptRecognizer::kNames).any(1).sum().item<int64_t>(), 15);
+}
+
+TEST(ConceptRecognizer, AConceptLikeEveryWordIsNotFoundEverywhere) {
+  const at::Tensor words = random_matrix(50, 8);
+  const ConceptRecognizer recognizer(words, words.mean(0, true));
+  EXPECT_EQ(recognizer.scores(words).abs().max().item<double>(), 0.0);
+}
+
+TEST(RetainSet, FramesAreWhatTargetsShare) {
+  EXPECT_EQ(shared_frames({concept_of("owl"), concept_of("dog")}), std::vector<std::string>{"{}"});
+  EXPECT_EQ(shared_frames(
+                {concept_of("flag of norway"), concept_of("flag of sweden"), concept_of("dog")}),
+            (std::vector<std::string>{"{}", "flag of {}"}));
+  EXPECT_EQ(shared_frames({concept_of("van gogh style")}),
+            (std::vector<std::string>{"{}", "van gogh {}", "{} gogh style"}));
+  std::vector<Concept> many;
+  for (int i = 0; i < 40; ++i) many.push_back(concept_of("thing" + std::to_string(i)));
+  many.push_back(concept_of("hong kong"));
+  many.push_back(concept_of("hong fu"));
+  EXPECT_EQ(shared_frames(many).size(), 1u);  // two of forty-two share nothing worth keeping
+}
+
+class RetainSetTest : public ::testing::Test {
+ protected:
+  RetainSetTest() {
+    folder_ =
+        std::filesystem::temp_directory_path() /
+        ("lacuna_retain_" + std::to_string(::testing::UnitTest::GetInstance()->random_seed()) +
+         ::testing::UnitTest::GetInstance()->current_test_info()->name());
+    std::filesystem::remove_all(folder_);
+    std::filesystem::create_directories(folder_);
+    encoder_.vocabulary_ = {"the", "x", "house", "owl", "owls", "tree", "naïve", "river", "boat"};
+  }
+  ~RetainSetTest() override { std::filesystem::remove_all(folder_); }
+
+  std::filesystem::path folder_;
+  FakeTextEncoder encoder_{16};
+  SilentProgress progress_;
+};
+
+TEST_F(RetainSetTest, SumsUpEveryWordButTheTargetsAndTheirPlurals) {
+  const RetainSet set =
+      collect_retain_set(encoder_, {concept_of("owl")}, RetainSetSize::kSmall, progress_);
+  for (const char* phrase : {"owl", "owls"}) {
+    EXPECT_NE(std::find(set.left_out.begin(), set.left_out.end(), phrase), set.left_out.end());
+  }
+  EXPECT_EQ(set.words + static_cast<int64_t>(set.left_out.size()), 7);  // without "x" and "naïve"
+  // As if the words that are left out had never been there, but for the words beside them.
+  at::Tensor sum = at::zeros({16, 16}, at::kDouble);
+  for (const std::string& phrase : set.kept.phrases) {
+    for (const std::string prompt : {phrase, "a photo of " + phrase}) {
+      const at::Tensor rows = encoder_.encode({prompt})[0].to(at::kDouble);
+      sum += at::matmul(rows.t(), rows) / static_cast<double>(kRetainPrompts);
+    }
+  }
+  const at::Tensor beside = set.gram - sum;  // the third prompts' share: 77 rows each, and no less
+  EXPECT_GT(at::linalg_eigvalsh(beside).min().item<double>(), -1e-4);
+  EXPECT_NEAR(beside.trace().item<double>() / sum.trace().item<double>(), 0.5, 0.1);
+  EXPECT_FALSE(collect_retain_set(encoder_, {concept_of("owl")}, RetainSetSize::kNone, progress_)
+                   .gram.defined());
+}
+
+TEST_F(RetainSetTest, IsReadOnceForAnEncoderAndDamagedFilesAreReadAgain) {
+  encoder_.cache_directory_ = folder_.string();
+  const std::vector<Concept> concepts{concept_of("owl")};
+  const RetainSet first = collect_retain_set(encoder_, concepts, RetainSetSize::kSmall, progress_);
+  const int64_t once = std::exchange(encoder_.encoded_prompts, 0);
+  const RetainSet again = collect_retain_set(encoder_, concepts, RetainSetSize::kSmall, progress_);
+  EXPECT_LT(encoder_.encoded_prompts, once / 2);
+  EXPECT_TRUE(at::equal(first.gram, again.gram));
+  EXPECT_EQ(first.left_out, again.left_out);
+
+  for (const auto& entry : std::filesystem::directory_iterator(folder_)) {
+    std::fstream file(entry.path(), std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(-9, std::ios::end);
+    file.put('\x55');
+  }
+  EXPECT_TRUE(at::equal(
+      first.gram, collect_retain_set(encoder_, concepts, RetainSetSize::kSmall, progress_).gram));
+}
+
+TEST_F(RetainSetTest, AnEncoderWithoutWordsIsRefusedInASentence) {
+  encoder_.vocabulary_.clear();
+  EXPECT_NE(message_of([&] {
+              collect_retain_set(encoder_, {concept_of("owl")}, RetainSetSize::kFull, progress_);
+            }).find("set 'retain set' to none"),
+            std::string::npos);
+}
+
+TEST_F(RetainSetTest, CanBeCancelled) {
+  testing::CountingProgress cancelled;
+  cancelled.cancel_at = 2;
+  EXPECT_THROW(collect_retain_set(encoder_, {concept_of("owl")}, RetainSetSize::kSmall, cancelled),
+               testing::Cancelled);
+}
+
+// What is retained moves less; what is erased still goes.
+TEST_F(RetainSetTest, RetainedWordsMoveLess) {
+  ConceptSet set;
+  set.general_prior = GeneralPriorSize::kNone;
+  set.concepts = {concept_of("owl")};
+  RefinementOptions options;
+  options.regularization = 0.1;
+  RefinementProblem problem = collect_problem(encoder_, set, options, nullptr, progress_);
+  const auto moved = [&](const std::string& phrase) {
+    const Refinement refinement = solve_refinement(problem, options);
+    const at::Tensor rows = encoder_.encode({phrase}).reshape({-1, 16}).to(at::kDouble);
+    return at::matmul(rows, refinement.delta.t()).norm().item<double>();
+  };
+  const double river = moved("river");
+  const double owl = moved("owl");
+  problem.retain =
+      collect_retain_set(encoder_, set.concepts, RetainSetSize::kSmall, progress_).gram;
+  EXPECT_LT(moved("river"), 0.6 * river);
+  EXPECT_GT(moved("owl"), 0.2 * owl);
+}
+
+}  // namespace
+}  // namespace lacuna

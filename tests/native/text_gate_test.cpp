@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lacuna/closed_form/text_gate.h"
+
+#include <algorithm>
+
+#include "support/fake_host.h"
+#include "support/random_data.h"
+
+namespace lacuna {
+namespace {
+
+using testing::FakeTextEncoder;
+
+// Wide enough that words of the vocabulary are told apart.
+class TextGateTest : public ::testing::Test {
+ protected:
+  TextGateTest() {
+    for (int i = 0; i < 60; ++i) encoder_.vocabulary_.push_back(word(i));
+    for (const char* target : {"owl", "red fox"}) {
+      Concept item;
+      item.target = target;
+      item.anchor = "scenery";
+      concepts_.push_back(item);
+    }
+    retained_ = collect_retain_set(encoder_, concepts_, RetainSetSize::kSmall, progress_);
+  }
+  static std::string word(int i) {
+    return std::string("word") + static_cast<char>('a' + i / 26) + static_cast<char>('a' + i % 26);
+  }
+  std::vector<bool> opened(const FittedGate& fitted, const std::vector<std::string>& prompts) {
+    const at::Tensor open = opens(*fitted.gate, encoder_.encode(prompts));
+    std::vector<bool> out;
+    for (int64_t i = 0; i < open.size(0); ++i) out.push_back(open[i].item<bool>());
+    return out;
+  }
+
+  FakeTextEncoder encoder_{96};
+  std::vector<Concept> concepts_;
+  RetainSet retained_;
+  SilentProgress progress_;
+};
+
+TEST_F(TextGateTest, OpensForPromptsThatNameAConceptAndForNoOthers) {
+  const FittedGate fitted = fit_gate(encoder_, concepts_, {}, retained_, progress_);
+  const std::vector<bool> named =
+      opened(fitted, {"owl", "a painting of owl", "a photo of red fox", "red fox , outdoors"});
+  EXPECT_EQ(std::count(named.begin(), named.end(), true), 4);
+  std::vector<std::string> others;
+  for (int i = 0; i < 60; i += 3) others.push_back("a painting of " + word(i));
+  const std::vector<bool> open = opened(fitted, others);
+  EXPECT_EQ(std::count(open.begin(), open.end(), true), 0);
+}
+
+TEST_F(TextGateTest, RowsOfABatchAndWindowsOfALongPromptAreJudgedApart) {
+  const FittedGate fitted = fit_gate(encoder_, concepts_, {}, retained_, progress_);
+  const at::Tensor context = encoder_.encode({"a photo of " + word(1), "a photo of owl"});
+  const at::Tensor open = opens(*fitted.gate, context);
+  EXPECT_FALSE(open[0].item<bool>());
+  EXPECT_TRUE(open[1].item<bool>());
+  // The concept in the second window of one prompt.
+  const at::Tensor longer = at::cat({context[0], context[1]}).unsqueeze(0);
+  EXPECT_TRUE(opens(*fitted.gate, longer)[0].item<bool>());
+  EXPECT_FALSE(opens(*fitted.gate, at::cat({context[0], context[0]}).unsqueeze(0))[0].item<bool>());
+}
+
+TEST_F(TextGateTest, SaysWhatItCannotTellApart) {
+  PreservedPhrase same;
+  same.phrase = "owl";
+  const FittedGate fitted = fit_gate(encoder_, concepts_, {same}, retained_, progress_);
+  ASSERT_EQ(fitted.confused.size(), 1u);
+  EXPECT_EQ(fitted.confused.front(), "'owl' from 'owl'");
+  EXPECT_TRUE(opened(fitted, {"a photo of owl"}).front());
+}
+
+TEST_F(TextGateTest, SameInputsGiveTheSameGate) {
+  const FittedGate a = fit_gate(encoder_, concepts_, {}, retained_, progress_);
+  const FittedGate b = fit_gate(encoder_, concepts_, {}, retained_, progress_);
+  for (size_t i = 0; i < a.gate->tests.size(); ++i) {
+    EXPECT_TRUE(at::equal(a.gate->tests[i].now, b.gate->tests[i].now));
+    EXPECT_TRUE(at::equal(a.gate->tests[i].offset, b.gate->tests[i].offset));
+  }
+  testing::CountingProgress cancelled;
+  cancelled.cancel_at = 3;
+  EXPECT_THROW(fit_gate(encoder_, concepts_, {}, retained_, cancelled), testing::Cancelled);
+}
+
+}  // namespace
+}  // namespace lacuna
