@@ -52,12 +52,6 @@ def vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocabulary, merges
 
 
-def whole_words(vocabulary: dict[str, int]) -> list[str]:
-    """Words that are one token each, the most frequent first: merges were learned in that order."""
-    ordered = sorted(vocabulary, key=vocabulary.__getitem__)
-    return [token.removesuffix("</w>") for token in ordered if token.endswith("</w>")]
-
-
 def make_tokenizer(
     vocabulary: dict[str, int] | None = None, merges: list[tuple[str, str]] | None = None
 ) -> Tokenizer:

@@ -43,7 +43,6 @@ from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from PIL import Image
 from server import PromptServer
 
-from . import clip_bpe
 from .autograd import (
     call_with_weights,
     gradients_wanted,
@@ -55,6 +54,7 @@ from .detector import SafeDetector
 from .errors import HostError
 from .fingerprint import Identity, fingerprint, identify
 from .text_gate import GateParts, TextGate, mapped_where
+from .vocabulary import whole_words
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class ComfyTextEncoder:
         """Whole words of CLIP's vocabulary; SDXL's two tokenizers share it."""
         for tokenizer in vars(self._clip.tokenizer).values():
             if isinstance(tokenizer, SDTokenizer):
-                return clip_bpe.whole_words(tokenizer.tokenizer.get_vocab())
+                return whole_words(tokenizer.tokenizer.get_vocab())
         return []
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:

@@ -27,6 +27,7 @@ from .fingerprint import Identity, identify
 from .lora_file import Delta
 from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
 from .text_gate import GateParts, TextGate, mapped_where
+from .vocabulary import whole_words
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class DiffusersTextEncoder:
         return self._tokenizer.encode(text).ids
 
     def vocabulary(self) -> list[str]:
-        return clip_bpe.whole_words(clip_bpe.vocabulary_and_merges()[0])
+        return whole_words(clip_bpe.vocabulary_and_merges()[0])
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         return self.encode_start(prompts, self.window)

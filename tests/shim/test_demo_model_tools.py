@@ -452,4 +452,7 @@ def test_results_as_a_table() -> None:
 def test_an_unknown_method_needs_a_file(capsys) -> None:
     with pytest.raises(SystemExit):
         score.main(["--method", "magic"])
-    assert "none, mace, uce, full, cached, naive_lora_sum run" in capsys.readouterr().err
+    assert (
+        "none, mace, uce, full, cached, naive_lora_sum, uce+retain and uce+retain+gate run"
+        in capsys.readouterr().err
+    )

@@ -20,7 +20,7 @@ sys.path.insert(0, str(REPOSITORY / "tools" / "wheels"))
 import build_all
 import merge
 
-TEXT = {".py", ".md", ".json", ".toml", ".txt", ""}
+TEXT = {".py", ".js", ".md", ".json", ".toml", ".txt", ""}
 PICTURES = {".jpg"}
 FORBIDDEN = re.compile(
     r"\b(eval|exec|__import__)\(|\b(subprocess|pickle|marshal|urllib|requests|socket|ctypes)\b"
@@ -67,7 +67,7 @@ def test_the_archive_holds_no_binaries_and_no_development(archive: list[str]) ->
 
 def test_the_archive_holds_nothing_that_the_scanner_refuses(archive: list[str]) -> None:
     scripts = [name for name in archive if name.endswith((".py", ".js", ".mjs", ".sh"))]
-    assert all(name.endswith(".py") for name in scripts)
+    assert all(name.endswith(".py") or name == "web/saved_graphs.js" for name in scripts)
     found = {
         f"{name}:{number}: {line.strip()}"
         for name in scripts

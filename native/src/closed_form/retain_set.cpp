@@ -187,19 +187,19 @@ RetainSetSize retain_set_from_string(std::string_view text) {
 std::vector<std::string> shared_frames(const std::vector<Concept>& concepts) {
   std::map<std::string, size_t> count;
   for (const Concept& item : concepts) {
-    const std::vector<std::string> words = words_of(item.target);
+    std::vector<std::string> words = words_of(item.target);
     if (words.size() < 2) continue;
-    std::string before;
-    std::string behind;
-    for (size_t i = 0; i + 1 < words.size(); ++i) {
-      before += words[i] + " ";
-      behind += " " + words[i + 1];
+    if (item.kind == ConceptKind::kStyle) {
+      ++count[std::string(kSlot) + " " + words.back()];
+      continue;
     }
-    ++count[before + std::string(kSlot)];
-    ++count[std::string(kSlot) + behind];
+    words.back() = kSlot;
+    std::string frame = words.front();
+    for (size_t i = 1; i < words.size(); ++i) frame += " " + words[i];
+    ++count[frame];
   }
-  // Of a single target both; of several what a fifth of them share.
-  const size_t enough = concepts.size() == 1 ? 1 : std::max<size_t>(2, concepts.size() / 5);
+  // Of a few targets each has its own; of many what a fifth of them share.
+  const size_t enough = concepts.size() <= 5 ? 1 : std::max<size_t>(2, concepts.size() / 5);
   std::vector<std::pair<size_t, std::string>> shared;
   for (const auto& [frame, times] : count) {
     if (times >= enough) shared.emplace_back(times, frame);
@@ -318,7 +318,10 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
   // What the encoder takes for a target, and what a target is called.
   const at::Tensor targets = last_rows(encoder, erased, progress);
   std::set<std::string> named;
-  for (const std::string& phrase : erased) named.insert(fold_case(phrase));
+  for (const std::string& phrase : erased) {
+    named.insert(fold_case(phrase));
+    for (const std::string& word : words_of(fold_case(phrase))) named.insert(word);
+  }
   set.gram = at::zeros({d, d}, at::kDouble);
   std::vector<at::Tensor> last;
   std::vector<at::Tensor> rows;

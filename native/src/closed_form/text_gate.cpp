@@ -116,6 +116,7 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
 
   // The concepts' own prompts, phrase by phrase.
   std::vector<std::string> named;
+  std::vector<size_t> concept_of;            // of each phrase
   std::vector<std::vector<at::Tensor>> own;  // of each phrase: prompts, [tokens, 2 d] float32
   std::vector<at::Tensor> ends;              // of each phrase: [plain prompts, d]
   std::vector<at::Tensor> means;
@@ -144,6 +145,7 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
       own.push_back(std::move(prompts));
       ends.push_back(at::stack(last));
       named.push_back(phrase);
+      concept_of.push_back(static_cast<size_t>(&item - concepts.data()));
       progress.status("gate: " + shown(phrase));
     }
   }
@@ -192,7 +194,19 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
   const ConceptRecognizer recognizer(stay.last, at::stack(centres));
   const at::Tensor ends_of_others =
       stay.rows.select(2, stay.rows.size(2) - 1).reshape({-1, d}).to(at::kDouble);
-  const at::Tensor others_most = std::get<0>(recognizer.scores(ends_of_others).max(0));
+  at::Tensor others_most = std::get<0>(recognizer.scores(ends_of_others).max(0));
+  // Unlisted things of a class are as like a target as the other targets of the class are.
+  const at::Tensor between = recognizer.scores(at::cat(ends))
+                                 .reshape({static_cast<int64_t>(named.size()), kPlainPrompts, -1})
+                                 .amax(1);
+  for (size_t k = 0; k < named.size(); ++k) {
+    for (size_t other = 0; other < named.size(); ++other) {
+      if (concept_of[other] == concept_of[k]) continue;
+      const auto column = static_cast<int64_t>(k);
+      const double score = between[static_cast<int64_t>(other)][column].item<double>();
+      if (score > others_most[column].item<double>()) others_most[column] = score;
+    }
+  }
   constexpr double kMargin = 0.05;
   const at::Tensor enough = (others_most + kMargin).clamp_min(ConceptRecognizer::kNames);
   gate.tests.push_back(
