@@ -207,7 +207,7 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
       if (score > others_most[column].item<double>()) others_most[column] = score;
     }
   }
-  constexpr double kMargin = 0.05;
+  constexpr double kMargin = 0.1;
   const at::Tensor enough = (others_most + kMargin).clamp_min(ConceptRecognizer::kNames);
   gate.tests.push_back(
       {recognizer.weights().to(at::kFloat),
