@@ -42,7 +42,11 @@ def save_lora_id(listed: dict[str, Any]) -> str:
 
 def defaults(schemas: list[dict[str, Any]], node: str) -> dict[str, Any]:
     schema = next(item for item in schemas if item["id"] == node)
-    return {item["id"]: item["default"] for item in schema["inputs"] if "default" in item}
+    return {
+        item["id"]: item.get("saved", item["default"])  # as in graphs that know no newer input
+        for item in schema["inputs"]
+        if "default" in item
+    }
 
 
 class Builder:

@@ -203,6 +203,26 @@ def test_conditioning_equals_weights(server: Server, build: Builder) -> None:
     torch.testing.assert_close(*latents, rtol=1e-3, atol=1e-3)
 
 
+def test_prompts_that_name_no_concept_are_drawn_bit_for_bit(server: Server, build: Builder) -> None:
+    """As new nodes are set: the edit acts where a prompt names a concept, and nowhere else."""
+    graph = build.edit(where="prompts that name it", retain_set="small")
+    prompts = {"named": "a photo of a hamburger", "other": "a photo of a lion"}
+    for name, text in prompts.items():
+        graph |= build.sample(["refine", 0], f"{name}_gated", text)
+        graph |= build.sample(["ckpt", 0], f"{name}_plain", text)
+    run = server.run(graph)
+    latents = {
+        (name, kind): _latent(server, run, f"{name}_{kind}_save")
+        for name in prompts
+        for kind in ("gated", "plain")
+    }
+    assert torch.equal(latents["other", "gated"], latents["other", "plain"])
+    assert not torch.allclose(latents["named", "gated"], latents["named", "plain"], atol=1e-2)
+    report = run.outputs["refine"]["text"][0]
+    assert "Acts on prompts that name a concept" in report and "Retain set: " in report
+    assert "Save Checkpoint writes the model with the concepts still in it" in report
+
+
 def test_second_run_is_all_cached(server: Server, build: Builder) -> None:
     graph = build.edit() | build.report() | build.sample(["refine", 0], "cached")
     first = server.run(graph)
