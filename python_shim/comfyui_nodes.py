@@ -75,10 +75,10 @@ def _type(name: str) -> Any:
 
 def _input(spec: JSON) -> Any:
     kind = _type(spec["type"]).Input
-    values = {k: v for k, v in spec.items() if k != "type"}
+    made = kind(**_known(kind.__init__, {k: v for k, v in spec.items() if k != "type"}))
     if "saved" in spec:  # for web/saved_graphs.js
-        values["extra_dict"] = {"saved": spec["saved"]}
-    return kind(**_known(kind.__init__, values))
+        made.extra_dict = {**made.extra_dict, "saved": spec["saved"]}
+    return made
 
 
 def _output(spec: JSON) -> Any:
