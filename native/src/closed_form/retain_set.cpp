@@ -99,13 +99,11 @@ std::vector<std::string> retain_prompts(const std::string& phrase, size_t number
                                                     "a drawing of {} beside {1} in {2} style"};
   std::vector<std::string> prompts;
   for (std::string_view each : kPlainTemplates) prompts.push_back(fill_template(each, phrase));
-  std::string beside(kBeside[number % kBeside.size()]);
-  for (const size_t which : {size_t{1}, size_t{2}}) {
-    const std::string slot = "{" + std::to_string(which) + "}";
-    const std::string& word =
-        companions[(number * (4 * which + 3) + 5 * which) % companions.size()];
-    if (const size_t at = beside.find(slot); at != std::string::npos) beside.replace(at, 3, word);
-  }
+  const auto companion = [&](size_t which) -> const std::string& {
+    return companions[(number * (4 * which + 3) + 5 * which) % companions.size()];
+  };
+  const std::string beside =
+      fill_companions(kBeside[number % kBeside.size()], companion(1), companion(2));
   prompts.push_back(fill_template(beside, phrase));
   return prompts;
 }
@@ -149,6 +147,20 @@ FrameStatistics read_phrases(TextEncoder& encoder, const std::vector<std::string
   }
   fold();
   return {sum.finish(), at::cat(last), at::cat(rows)};
+}
+
+// The last row of the window, mean over the plain templates: [n, d] float64.
+at::Tensor last_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
+                     Progress& progress) {
+  std::vector<at::Tensor> last{at::zeros({0, encoder.width()}, at::kDouble)};
+  for (const std::string& phrase : phrases) {
+    progress.check();
+    std::vector<std::string> prompts;
+    for (std::string_view each : kPlainTemplates) prompts.push_back(fill_template(each, phrase));
+    const at::Tensor read = encoder.encode(prompts).to(at::kCPU, at::kDouble);
+    last.push_back(read.select(1, read.size(1) - 1).mean(0, /*keepdim=*/true));
+  }
+  return at::cat(last);
 }
 
 std::vector<size_t> all_of(const std::vector<std::string>& phrases) {
@@ -223,19 +235,6 @@ std::vector<int64_t> sampled_positions(int64_t window) {
     places.push_back(t);
   }
   return places;
-}
-
-at::Tensor last_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
-                     Progress& progress) {
-  std::vector<at::Tensor> last{at::zeros({0, encoder.width()}, at::kDouble)};
-  for (const std::string& phrase : phrases) {
-    progress.check();
-    std::vector<std::string> prompts;
-    for (std::string_view each : kPlainTemplates) prompts.push_back(fill_template(each, phrase));
-    const at::Tensor read = encoder.encode(prompts).to(at::kCPU, at::kDouble);
-    last.push_back(read.select(1, read.size(1) - 1).mean(0, /*keepdim=*/true));
-  }
-  return at::cat(last);
 }
 
 PhraseRows read_phrase_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,

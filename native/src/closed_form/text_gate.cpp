@@ -52,14 +52,10 @@ std::vector<NamingPrompt> naming_prompts(TextEncoder& encoder, const Concept& it
     templates.emplace_back(each);
   }
   for (size_t i = 0; i < kBesideOthers.size(); ++i) {
-    std::string beside(kBesideOthers[i]);
-    for (const size_t which : {size_t{1}, size_t{2}}) {
-      const std::string slot = "{" + std::to_string(which) + "}";
-      const std::string& word =
-          companions[(number * 31 + i * 17 + which * 101) % companions.size()];
-      if (const size_t at = beside.find(slot); at != std::string::npos) beside.replace(at, 3, word);
-    }
-    templates.push_back(std::move(beside));
+    const auto companion = [&](size_t which) -> const std::string& {
+      return companions[(number * 31 + i * 17 + which * 101) % companions.size()];
+    };
+    templates.push_back(fill_companions(kBesideOthers[i], companion(1), companion(2)));
   }
   const auto tokens = static_cast<int64_t>(encoder.tokenize(phrase).size()) - 2;
   std::vector<NamingPrompt> prompts;

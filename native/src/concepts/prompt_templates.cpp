@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lacuna/concepts/prompt_templates.h"
 
+#include <utility>
+
 #include "embedded_lines.h"
 
 namespace lacuna {
@@ -28,6 +30,18 @@ std::string fill_template(std::string_view prompt_template, std::string_view phr
   return std::string(prompt_template.substr(0, slot))
       .append(phrase)
       .append(prompt_template.substr(slot + 2));
+}
+
+std::string fill_companions(std::string_view prompt_template, std::string_view first,
+                            std::string_view second) {
+  std::string filled(prompt_template);
+  for (const auto& [slot, word] : {std::pair<std::string_view, std::string_view>{"{1}", first},
+                                   std::pair<std::string_view, std::string_view>{"{2}", second}}) {
+    if (const size_t at = filled.find(slot); at != std::string::npos) {
+      filled.replace(at, slot.size(), word);
+    }
+  }
+  return filled;
 }
 
 std::vector<std::string> fill_templates(ConceptKind kind, int count, std::string_view phrase) {

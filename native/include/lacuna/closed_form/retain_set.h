@@ -52,9 +52,6 @@ struct RetainSet {
 // norway", "{} style" for a style; of many targets what a fifth of them share.
 std::vector<std::string> shared_frames(const std::vector<Concept>& concepts);
 
-// The last row of the window, mean over the plain templates: [n, d] float64.
-at::Tensor last_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
-                     Progress& progress);
 // Phrases in the retain set's prompts; companions: words to stand beside them.
 PhraseRows read_phrase_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
                             const std::vector<std::string>& companions, Progress& progress);
