@@ -29,7 +29,7 @@ test-native: build
 	$(TEST_ENV) build/tests/nodes/lacuna_nodes_tests --gtest_brief=1
 
 test-python: build $(VENV)/.host-packages
-	$(TEST_ENV) $(PY) -m pytest tests -n $(WORKERS) --dist loadfile
+	$(TEST_ENV) $(PY) -m pytest tests -n $(WORKERS) --dist loadfile --durations=20
 
 configure: $(VENV)/.packages
 	@mkdir -p build

@@ -38,7 +38,7 @@ from comfy.model_base import (
     Stable_Zero123,
     SVD_img2vid,
 )
-from comfy.sd1_clip import SDTokenizer
+from comfy.sd1_clip import SDClipModel, SDTokenizer
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from PIL import Image
 from server import PromptServer
@@ -204,10 +204,14 @@ class ComfyTextEncoder:
 
     def vocabulary(self) -> list[str]:
         """Whole words of CLIP's vocabulary; SDXL's two tokenizers share it."""
-        for tokenizer in vars(self._clip.tokenizer).values():
-            if isinstance(tokenizer, SDTokenizer):
-                return whole_words(tokenizer.tokenizer.get_vocab())
-        return []
+        tokenizers = vars(self._clip.tokenizer).values()
+        encoders = self._clip.cond_stage_model.modules()
+        tokenizer = next((each for each in tokenizers if isinstance(each, SDTokenizer)), None)
+        encoder = next((each for each in encoders if isinstance(each, SDClipModel)), None)
+        if tokenizer is None or encoder is None:
+            return []
+        embedding = encoder.transformer.get_input_embeddings()
+        return whole_words(tokenizer.tokenizer.get_vocab(), embedding)
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         if not prompts:

@@ -64,7 +64,8 @@ class DiffusersTextEncoder:
         return self._tokenizer.encode(text).ids
 
     def vocabulary(self) -> list[str]:
-        return whole_words(clip_bpe.vocabulary_and_merges()[0])
+        words = clip_bpe.vocabulary_and_merges()[0]
+        return whole_words(words, self._model.get_input_embeddings())
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         return self.encode_start(prompts, self.window)

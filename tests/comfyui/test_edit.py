@@ -210,7 +210,7 @@ def test_prompts_that_name_no_concept_are_drawn_bit_for_bit(server: Server, buil
     for name, text in prompts.items():
         graph |= build.sample(["refine", 0], f"{name}_gated", text)
         graph |= build.sample(["ckpt", 0], f"{name}_plain", text)
-    run = server.run(graph)
+    run = server.run(graph, seconds=900)  # 600 prompts are read, where no test has done so before
     latents = {
         (name, kind): _latent(server, run, f"{name}_{kind}_save")
         for name in prompts

@@ -42,6 +42,19 @@ TEST(Text, CaseIsFoldedAsEncodersDo) {
   EXPECT_EQ(fold_case("A\xff"), "a\xff");
 }
 
+TEST(Text, APhraseIsNamedInWordsOfItsOwnOrInThePlural) {
+  for (const char* text : {"owl", "an owl, at night", "two owls", "owl", "an owl-like owl"}) {
+    EXPECT_TRUE(names_phrase(text, "owl")) << text;
+  }
+  for (const char* text : {"", "bowl", "owlet", "growls", "owlé", "o w l"}) {
+    EXPECT_FALSE(names_phrase(text, "owl")) << text;
+  }
+  EXPECT_TRUE(names_phrase("bowl of an owl", "owl"));
+  EXPECT_TRUE(names_phrase("the flag of norway", "flag of norway"));
+  EXPECT_FALSE(names_phrase("flag of norwayland", "flag of norway"));
+  EXPECT_FALSE(names_phrase("anything", ""));
+}
+
 TEST(Text, MessagesCanBeShown) {
   std::string cjk;
   for (int i = 0; i < 200; ++i) cjk += "猫";

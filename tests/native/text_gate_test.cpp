@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "lacuna/files/text.h"
 #include "support/fake_host.h"
 #include "support/random_data.h"
 
@@ -61,6 +62,28 @@ TEST_F(TextGateTest, RowsOfABatchAndWindowsOfALongPromptAreJudgedApart) {
   const at::Tensor longer = at::cat({context[0], context[1]}).unsqueeze(0);
   EXPECT_TRUE(opens(*fitted.gate, longer)[0].item<bool>());
   EXPECT_FALSE(opens(*fitted.gate, at::cat({context[0], context[0]}).unsqueeze(0))[0].item<bool>());
+}
+
+// A target that is a word of the vocabulary stands beside other words in what must stay: no reason
+// to take the others for it, or it for them.
+TEST_F(TextGateTest, ATargetThatIsAWordOfTheVocabularyIsToldFromTheOthers) {
+  concepts_[0].target = word(5);
+  retained_ = collect_retain_set(encoder_, concepts_, RetainSetSize::kSmall, progress_);
+  ASSERT_TRUE(std::any_of(retained_.kept.prompts.begin(), retained_.kept.prompts.end(),
+                          [](const std::string& prompt) { return names_phrase(prompt, word(5)); }));
+  const FittedGate fitted = fit_gate(encoder_, concepts_, {}, retained_, progress_);
+  EXPECT_TRUE(fitted.confused.empty());
+  EXPECT_TRUE(opened(fitted, {"an old painting of " + word(5)}).front());
+  EXPECT_FALSE(opened(fitted, {"an old painting of " + word(7)}).front());
+}
+
+TEST_F(TextGateTest, FindsAConceptAfterManyOtherWords) {
+  const FittedGate fitted = fit_gate(encoder_, concepts_, {}, retained_, progress_);
+  std::string text = "a scene with";
+  for (int i = 0; i < 20; ++i) text += " " + word(2 * i);
+  const std::vector<bool> open = opened(fitted, {text + " and red fox", text + " and " + word(3)});
+  EXPECT_TRUE(open[0]);
+  EXPECT_FALSE(open[1]);
 }
 
 TEST_F(TextGateTest, SaysWhatItCannotTellApart) {

@@ -59,7 +59,8 @@ class TextEncoder {
   virtual std::string cache_directory() = 0;
   // Literal text (no emphasis syntax) to ids with start and end token, unpadded, not truncated.
   virtual std::vector<int64_t> tokenize(const std::string& text) = 0;
-  // Whole words that the tokenizer knows as one token, most frequent first; empty: cannot say.
+  // Whole words that the tokenizer knows as one token and the encoder tells apart, most frequent
+  // first; empty: cannot say.
   virtual std::vector<std::string> vocabulary() { return {}; }
   // [n, window, width] float32, any device: what cross-attention sees for each prompt.
   virtual at::Tensor encode(const std::vector<std::string>& prompts) = 0;

@@ -38,25 +38,10 @@ std::span<const std::string_view> generic_captions(GeneralPriorSize size) {
 
 std::vector<std::string> captions_naming(GeneralPriorSize size,
                                          const std::vector<std::string>& phrases) {
-  const auto is_letter = [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ||
-           static_cast<unsigned char>(c) >= 0x80;
-  };
-  const auto names = [&](std::string_view caption, const std::string& phrase) {
-    for (size_t at = caption.find(phrase); at != std::string_view::npos;
-         at = caption.find(phrase, at + 1)) {
-      const size_t end = at + phrase.size();
-      const bool starts = at == 0 || !is_letter(caption[at - 1]);
-      // A plural still names it.
-      const size_t after = end < caption.size() && caption[end] == 's' ? end + 1 : end;
-      if (starts && (after >= caption.size() || !is_letter(caption[after]))) return true;
-    }
-    return false;
-  };
   std::vector<std::string> found;
   for (std::string_view caption : generic_captions(size)) {
     for (const std::string& phrase : phrases) {
-      if (names(caption, fold_case(phrase))) {
+      if (names_phrase(caption, fold_case(phrase))) {
         found.emplace_back(caption);
         break;
       }

@@ -35,12 +35,9 @@ constexpr double kCountedWords = 250.0;
 // Words in what the targets share are so near to them that more weight keeps the targets, too: on
 // the demo model's ten flags 1 leaves 10 of 40 drawn, 0.2 2 of 20, 0.02 none.
 constexpr double kSharedFrameWeight = 0.02;
-// Of so many candidates for every word wanted the encoder is asked whether it tells them apart: one
-// that was trained on few words reads most of a vocabulary alike.
-constexpr size_t kCandidatesPerWord = 100;
 constexpr size_t kShortestWord = 3;
 // Raised when words, templates or the format change, so that old cache files are not used.
-constexpr std::string_view kRetainFormat = "lacuna.retain_set/2";
+constexpr std::string_view kRetainFormat = "lacuna.retain_set/3";
 
 size_t wanted_words(RetainSetSize size) {
   return size == RetainSetSize::kFull ? 2000 : size == RetainSetSize::kSmall ? 200 : 0;
@@ -61,34 +58,10 @@ bool is_plain_word(const std::string& word) {
          std::all_of(word.begin(), word.end(), [](char c) { return c >= 'a' && c <= 'z'; });
 }
 
-// The first words of the vocabulary that the encoder tells apart: each reads, alone in a prompt,
-// like no earlier one.
-std::vector<std::string> distinct_words(TextEncoder& encoder, size_t wanted, Progress& progress) {
-  constexpr size_t kAtOnce = 64;
-  constexpr int64_t kStartAndWord = 2;  // the row of the word itself, which has read no more
-  std::vector<std::string> candidates = encoder.vocabulary();
-  std::erase_if(candidates, [](const std::string& word) { return !is_plain_word(word); });
-  candidates.resize(std::min(candidates.size(), wanted * kCandidatesPerWord));
-  std::vector<std::string> words;
-  std::set<std::vector<int64_t>> seen;
-  for (size_t begin = 0; begin < candidates.size() && words.size() < wanted; begin += kAtOnce) {
-    progress.check();
-    const size_t end = std::min(candidates.size(), begin + kAtOnce);
-    const std::vector<std::string> part(candidates.begin() + static_cast<int64_t>(begin),
-                                        candidates.begin() + static_cast<int64_t>(end));
-    const at::Tensor rows =
-        encoder.encode_start(part, kStartAndWord).select(1, 1).to(at::kCPU, at::kDouble);
-    // A few coordinates, rounded, tell two rows apart, and not the rounding of two batches.
-    const int64_t coordinates = std::min<int64_t>(8, rows.size(1));
-    const at::Tensor rounded =
-        (rows.narrow(1, 0, coordinates) * 100.0).round().to(at::kLong).contiguous();
-    for (size_t i = 0; i < part.size() && words.size() < wanted; ++i) {
-      const int64_t* row =
-          rounded.const_data_ptr<int64_t>() + static_cast<int64_t>(i) * coordinates;
-      if (seen.insert({row, row + coordinates}).second) words.push_back(part[i]);
-    }
-  }
-  return words;
+std::vector<std::string> plain_words(std::vector<std::string> vocabulary, size_t wanted) {
+  std::erase_if(vocabulary, [](const std::string& word) { return !is_plain_word(word); });
+  vocabulary.resize(std::min(vocabulary.size(), wanted));
+  return vocabulary;
 }
 
 // Alone, in a photo, and in turn in one of some ways beside other words.
@@ -108,6 +81,19 @@ std::vector<std::string> retain_prompts(const std::string& phrase, size_t number
   return prompts;
 }
 
+// The prompts of phrases, in order.
+std::vector<std::string> prompts_of(const std::vector<std::string>& phrases,
+                                    const std::vector<size_t>& numbers,
+                                    const std::vector<std::string>& companions) {
+  std::vector<std::string> prompts;
+  for (const size_t number : numbers) {
+    for (std::string& each : retain_prompts(phrases[number], number, companions)) {
+      prompts.push_back(std::move(each));
+    }
+  }
+  return prompts;
+}
+
 // What the closed form keeps, and what tells phrases apart.
 struct FrameStatistics {
   at::Tensor gram;  // [d, d], sum over phrases
@@ -115,11 +101,11 @@ struct FrameStatistics {
   at::Tensor rows;
 };
 
-// numbers: which of `phrases` to read.
+// numbers: which of `phrases` to read; after_read: is told how many were read more.
 FrameStatistics read_phrases(TextEncoder& encoder, const std::vector<std::string>& phrases,
                              const std::vector<size_t>& numbers,
                              const std::vector<std::string>& companions,
-                             const std::function<void()>& after_call, Progress& progress) {
+                             const std::function<void(size_t)>& after_read, Progress& progress) {
   const int64_t d = encoder.width();
   const at::Tensor places = at::tensor(sampled_positions(encoder.window()), at::kLong);
   GramSum sum(d);
@@ -131,22 +117,43 @@ FrameStatistics read_phrases(TextEncoder& encoder, const std::vector<std::string
     if (!block.empty()) sum.add(at::cat(block), 1.0 / static_cast<double>(kRetainPrompts));
     block.clear();
   };
-  constexpr size_t kCallsPerBlock = 32;
-  for (const size_t number : numbers) {
+  constexpr size_t kCallsPerBlock = 16;
+  constexpr size_t kPhrasesPerCall = 2;  // a second on one core: what an interrupt waits for
+  for (size_t begin = 0; begin < numbers.size(); begin += kPhrasesPerCall) {
     progress.check();
-    const at::Tensor read = encoder.encode(retain_prompts(phrases[number], number, companions))
-                                .to(at::kCPU, at::kFloat);
-    block.push_back(read.reshape({-1, d}));
-    last.push_back(read.narrow(0, 0, static_cast<int64_t>(kPlainTemplates.size()))
-                       .select(1, read.size(1) - 1)
+    const size_t end = std::min(numbers.size(), begin + kPhrasesPerCall);
+    const std::vector<size_t> part(numbers.begin() + static_cast<std::ptrdiff_t>(begin),
+                                   numbers.begin() + static_cast<std::ptrdiff_t>(end));
+    const at::Tensor flat =
+        encoder.encode(prompts_of(phrases, part, companions)).to(at::kCPU, at::kFloat);
+    block.push_back(flat.reshape({-1, d}));
+    const at::Tensor read = flat.unflatten(0, {-1, kRetainPrompts});  // [phrases, prompts, T, d]
+    last.push_back(read.narrow(1, 0, static_cast<int64_t>(kPlainTemplates.size()))
+                       .select(2, read.size(2) - 1)
                        .to(at::kDouble)
-                       .mean(0, /*keepdim=*/true));
-    rows.push_back(read.index_select(1, places).to(at::kHalf).unsqueeze(0));
+                       .mean(1));
+    rows.push_back(read.index_select(2, places).to(at::kHalf));
     if (block.size() == kCallsPerBlock) fold();
-    after_call();
+    after_read(end - begin);
   }
   fold();
   return {sum.finish(), at::cat(last), at::cat(rows)};
+}
+
+at::Tensor gram_of(TextEncoder& encoder, const std::vector<std::string>& prompts,
+                   Progress& progress) {
+  GramSum sum(encoder.width());
+  for (size_t begin = 0; begin < prompts.size(); begin += kPromptsPerCall) {
+    progress.check();
+    const size_t end = std::min(prompts.size(), begin + kPromptsPerCall);
+    sum.add(encoder
+                .encode({prompts.begin() + static_cast<std::ptrdiff_t>(begin),
+                         prompts.begin() + static_cast<std::ptrdiff_t>(end)})
+                .to(at::kCPU, at::kFloat)
+                .reshape({-1, encoder.width()}),
+            1.0);
+  }
+  return sum.finish();
 }
 
 // The last row of the window, mean over the plain templates: [n, d] float64.
@@ -240,8 +247,9 @@ std::vector<int64_t> sampled_positions(int64_t window) {
 PhraseRows read_phrase_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
                             const std::vector<std::string>& companions, Progress& progress) {
   FrameStatistics read =
-      read_phrases(encoder, phrases, all_of(phrases), companions, [] {}, progress);
-  return {phrases, std::move(read.last), std::move(read.rows)};
+      read_phrases(encoder, phrases, all_of(phrases), companions, [](size_t) {}, progress);
+  return {phrases, prompts_of(phrases, all_of(phrases), companions), std::move(read.last),
+          std::move(read.rows)};
 }
 
 RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& concepts,
@@ -281,7 +289,7 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
     words = std::move(listed);
     read[f] = {known->at("gram"), known->at("last"), known->at("rows")};
   }
-  if (words.empty()) words = distinct_words(encoder, wanted_words(size), progress);
+  if (words.empty()) words = plain_words(encoder.vocabulary(), wanted_words(size));
   if (words.size() < 2) {
     throw Error(
         "the text encoder tells no words of its vocabulary, which the retain set is made of; set "
@@ -289,7 +297,7 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
   }
   int64_t missing = 0;
   for (const FrameStatistics& each : read) missing += each.gram.defined() ? 0 : 1;
-  const auto calls = static_cast<int64_t>(words.size());
+  const auto total = static_cast<int64_t>(words.size());
   int64_t done = 0;
   for (size_t f = 0; f < set.frames.size(); ++f) {
     if (read[f].gram.defined()) continue;
@@ -297,7 +305,11 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
                     set.frames[f] + "', once for this text encoder");
     const std::vector<std::string> filled = fill_all(set.frames[f], words);
     read[f] = read_phrases(
-        encoder, filled, all_of(filled), words, [&] { progress.report(++done, missing * calls); },
+        encoder, filled, all_of(filled), words,
+        [&](size_t phrases) {
+          done += static_cast<int64_t>(phrases);
+          progress.report(done, missing * total);
+        },
         progress);
     if (paths[f].empty()) continue;
     if (vocabulary.empty()) vocabulary = encoder.vocabulary();
@@ -321,6 +333,11 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
     named.insert(fold_case(phrase));
     for (const std::string& word : words_of(fold_case(phrase))) named.insert(word);
   }
+  const auto names_any = [&](const std::string& prompt) {
+    return std::any_of(erased.begin(), erased.end(), [&](const std::string& phrase) {
+      return names_phrase(prompt, fold_case(phrase));
+    });
+  };
   set.gram = at::zeros({d, d}, at::kDouble);
   std::vector<at::Tensor> last;
   std::vector<at::Tensor> rows;
@@ -329,28 +346,36 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
     const at::Tensor score =
         std::get<0>(ConceptRecognizer(read[f].last, targets).scores(read[f].last).max(1));
     std::vector<size_t> left_out;
-    std::vector<int64_t> kept;
+    std::vector<size_t> kept;
     for (size_t i = 0; i < filled.size(); ++i) {
       const std::string& phrase = filled[i];
       const bool plural =
           phrase.ends_with('s') &&
           (named.contains(phrase.substr(0, phrase.size() - 1)) ||
            (phrase.ends_with("es") && named.contains(phrase.substr(0, phrase.size() - 2))));
-      if (named.contains(phrase) || plural ||
+      if (named.contains(phrase) || plural || names_any(phrase) ||
           score[static_cast<int64_t>(i)].item<double>() > ConceptRecognizer::kNames) {
         left_out.push_back(i);
         set.left_out.push_back(phrase);
       } else {
-        kept.push_back(static_cast<int64_t>(i));
+        kept.push_back(i);
         set.kept.phrases.push_back(phrase);
       }
     }
     const double weight = f == 0 ? 1.0 : kSharedFrameWeight;
     set.gram.add_(read[f].gram, weight);
     if (!left_out.empty()) {
-      set.gram.sub_(read_phrases(encoder, filled, left_out, words, [] {}, progress).gram, weight);
+      set.gram.sub_(
+          read_phrases(encoder, filled, left_out, words, [](size_t) {}, progress).gram, weight);
     }
-    const at::Tensor places = at::tensor(kept, at::kLong);
+    // A target that stands beside a word that stays.
+    std::vector<std::string> naming;
+    for (std::string& prompt : prompts_of(filled, kept, words)) {
+      if (names_any(prompt)) naming.push_back(prompt);
+      set.kept.prompts.push_back(std::move(prompt));
+    }
+    set.gram.sub_(gram_of(encoder, naming, progress), weight / static_cast<double>(kRetainPrompts));
+    const at::Tensor places = at::tensor(std::vector<int64_t>(kept.begin(), kept.end()), at::kLong);
     last.push_back(read[f].last.index_select(0, places));
     rows.push_back(read[f].rows.index_select(0, places));
   }

@@ -16,6 +16,7 @@
 #include "lacuna/closed_form/concept_recognizer.h"
 #include "lacuna/closed_form/spd_solver.h"
 #include "lacuna/closed_form/text_statistics.h"
+#include "lacuna/concepts/concept_prompts.h"
 #include "lacuna/concepts/prompt_templates.h"
 #include "lacuna/files/text.h"
 
@@ -27,7 +28,7 @@ constexpr int kPlainPrompts = 8;  // of the concept's own templates
 constexpr double kShareOfOthers = 0.5;
 constexpr double kRidge = 1e-3;
 // One odd prompt of a concept does not decide its threshold.
-constexpr size_t kOddPrompts = 1;
+constexpr int64_t kOddPrompts = 1;
 
 constexpr std::array<std::string_view, 8> kBesideOthers{"{} and {1}",
                                                         "a photo of {} with {1}",
@@ -37,6 +38,9 @@ constexpr std::array<std::string_view, 8> kBesideOthers{"{} and {1}",
                                                         "a drawing of {1} and {} in {2} style",
                                                         "a large {1} on a {2} next to {}, sunset",
                                                         "{1} {2} {}"};
+
+// So many other words before the phrase: its rows depend on where it stands.
+constexpr std::array<size_t, 3> kWordsBefore{6, 14, 30};
 
 // A prompt that names a phrase, and where the phrase's last token stands.
 struct NamingPrompt {
@@ -51,11 +55,17 @@ std::vector<NamingPrompt> naming_prompts(TextEncoder& encoder, const Concept& it
   for (std::string_view each : prompt_templates(item.kind).first(kPlainPrompts)) {
     templates.emplace_back(each);
   }
+  const auto companion = [&](size_t which) -> const std::string& {
+    return companions[(number * 31 + which) % companions.size()];
+  };
   for (size_t i = 0; i < kBesideOthers.size(); ++i) {
-    const auto companion = [&](size_t which) -> const std::string& {
-      return companions[(number * 31 + i * 17 + which * 101) % companions.size()];
-    };
-    templates.push_back(fill_companions(kBesideOthers[i], companion(1), companion(2)));
+    templates.push_back(
+        fill_companions(kBesideOthers[i], companion(i * 17 + 101), companion(i * 17 + 202)));
+  }
+  for (const size_t words : kWordsBefore) {
+    std::string text;
+    for (size_t i = 0; i < words; ++i) text += companion(words * 13 + i * 7) + (i % 3 ? " " : ", ");
+    templates.push_back(text + "{}, " + companion(words));
   }
   const auto tokens = static_cast<int64_t>(encoder.tokenize(phrase).size()) - 2;
   std::vector<NamingPrompt> prompts;
@@ -63,8 +73,11 @@ std::vector<NamingPrompt> naming_prompts(TextEncoder& encoder, const Concept& it
     const std::string before = prefix_of_template(each);
     const int64_t begin =
         before.empty() ? 0 : static_cast<int64_t>(encoder.tokenize(before).size()) - 2;
-    prompts.push_back(
-        {fill_template(each, phrase), std::min(begin + tokens, encoder.window() - 1)});
+    const int64_t last_token = begin + tokens;
+    // A window that ends before the phrase does says nothing of it.
+    if (last_token < encoder.window() || prompts.empty()) {
+      prompts.push_back({fill_template(each, phrase), std::min(last_token, encoder.window() - 1)});
+    }
   }
   return prompts;
 }
@@ -101,6 +114,8 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
   PhraseRows stay = read_phrase_rows(encoder, preserved, retained.vocabulary, progress);
   stay.phrases.insert(stay.phrases.begin(), retained.kept.phrases.begin(),
                       retained.kept.phrases.end());
+  stay.prompts.insert(stay.prompts.begin(), retained.kept.prompts.begin(),
+                      retained.kept.prompts.end());
   stay.last = at::cat({retained.kept.last, stay.last});
   stay.rows = at::cat({retained.kept.rows, stay.rows});
   const at::Tensor pairs = sampled_pairs(stay.rows, window);  // [n, prompts, m, 2 d]
@@ -112,35 +127,40 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
 
   // The concepts' own prompts, phrase by phrase.
   std::vector<std::string> named;
-  std::vector<size_t> concept_of;            // of each phrase
-  std::vector<std::vector<at::Tensor>> own;  // of each phrase: prompts, [tokens, 2 d] float32
-  std::vector<at::Tensor> ends;              // of each phrase: [plain prompts, d]
+  std::vector<std::string> folded;  // of each phrase
+  std::vector<size_t> concept_of;   // of each phrase
+  std::vector<at::Tensor> own;      // of each phrase: [prompts, 2 d], the phrase's last token
+  std::vector<at::Tensor> ends;     // of each phrase: [plain prompts, d]
   std::vector<at::Tensor> means;
   std::vector<at::Tensor> odd;
   for (const Concept& item : concepts) {
     for (const std::string& phrase : phrases(item)) {
-      std::vector<at::Tensor> prompts;
-      std::vector<at::Tensor> tokens;
-      std::vector<at::Tensor> last;
-      for (const NamingPrompt& each :
+      std::vector<std::string> texts;
+      std::vector<int64_t> places;
+      for (NamingPrompt& each :
            naming_prompts(encoder, item, phrase, named.size(), retained.vocabulary)) {
-        progress.check();
-        const at::Tensor rows = encoder.encode({each.text})[0].to(at::kCPU, at::kFloat);
-        const auto length =
-            std::min(window, static_cast<int64_t>(encoder.tokenize(each.text).size()));
-        const at::Tensor all = with_row_before(rows.narrow(0, 0, length));
-        tokens.push_back(all[std::min(each.last_token, length - 1) - 1].to(at::kDouble));
-        prompts.push_back(all);
-        if (last.size() < static_cast<size_t>(kPlainPrompts)) {
-          last.push_back(rows[window - 1].to(at::kDouble));
-        }
+        texts.push_back(std::move(each.text));
+        places.push_back(each.last_token);
       }
-      const at::Tensor token = at::stack(tokens);
-      means.push_back(token.mean(0));
-      odd.push_back(token - means.back());
-      own.push_back(std::move(prompts));
+      const auto plain = std::min<std::ptrdiff_t>(kPlainPrompts, std::ssize(texts));
+      std::vector<at::Tensor> last;
+      for (auto text = texts.begin(); text != texts.begin() + plain; ++text) {
+        progress.check();
+        last.push_back(encoder.encode({*text})[0][window - 1].to(at::kCPU, at::kDouble));
+      }
+      const std::vector<at::Tensor> starts = encode_starts(encoder, texts, progress);
+      std::vector<at::Tensor> tokens;
+      for (size_t i = 0; i < starts.size(); ++i) {
+        tokens.push_back(
+            with_row_before(starts[i])[std::min(places[i], starts[i].size(0) - 1) - 1].to(
+                at::kDouble));
+      }
+      own.push_back(at::stack(tokens));
+      means.push_back(own.back().mean(0));
+      odd.push_back(own.back() - means.back());
       ends.push_back(at::stack(last));
       named.push_back(phrase);
+      folded.push_back(fold_case(phrase));
       concept_of.push_back(static_cast<size_t>(&item - concepts.data()));
       progress.status("gate: " + shown(phrase));
     }
@@ -154,29 +174,51 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
   weights = weights / (centred.transpose(0, 1) * weights).sum(0).clamp_min(1e-12);  // [2 d, k]
   const at::Tensor zero = at::matmul(mean, weights);                                // [k]
 
+  // Prompts of what must stay in which a concept stands beside it: [phrases, prompts, k].
+  const auto concepts_named = static_cast<int64_t>(named.size());
+  at::Tensor beside = at::zeros({phrases_kept, kRetainPrompts, concepts_named}, at::kBool);
+  for (int64_t i = 0; i < phrases_kept; ++i) {
+    const std::string phrase = fold_case(stay.phrases[static_cast<size_t>(i)]);
+    for (int64_t j = 0; j < kRetainPrompts; ++j) {
+      const std::string prompt =
+          fold_case(stay.prompts[static_cast<size_t>(i * kRetainPrompts + j)]);
+      for (int64_t k = 0; k < concepts_named; ++k) {
+        const std::string& target = folded[static_cast<size_t>(k)];
+        if (names_phrase(prompt, target) && !names_phrase(phrase, target)) beside[i][j][k] = true;
+      }
+    }
+  }
+
   // Scores of what must stay, [phrases, k], and thresholds.
+  constexpr double kNothing = -1e9;
   const at::Tensor stay_score = (at::matmul(others, weights.to(at::kFloat)) - zero.to(at::kFloat))
-                                    .reshape({phrases_kept, -1, weights.size(1)})
+                                    .reshape({phrases_kept, kRetainPrompts, -1, concepts_named})
+                                    .amax(2)
+                                    .masked_fill(beside, kNothing)
                                     .amax(1)
                                     .to(at::kDouble);
   const auto [highest, which] = stay_score.max(0);
+  // Each phrase's prompts, by the weights of all, [phrases, prompts, k].
+  std::vector<at::Tensor> between_tokens;
+  for (const at::Tensor& each : own) between_tokens.push_back(at::matmul(each, weights) - zero);
   FittedGate fitted;
   std::vector<double> thresholds;
   for (size_t k = 0; k < named.size(); ++k) {
     const auto column = static_cast<int64_t>(k);
-    const at::Tensor w = weights.select(1, column).to(at::kFloat);
-    std::vector<double> scores;
-    for (const at::Tensor& prompt : own[k]) {
-      scores.push_back(at::matmul(prompt, w).max().item<double>() - zero[column].item<double>());
-    }
-    std::sort(scores.begin(), scores.end());
-    const double lowest = scores[std::min(kOddPrompts, scores.size() - 1)];
-    const double other = highest[column].item<double>();
-    thresholds.push_back(lowest > other ? (lowest + other) / 2 : lowest - 1e-6);
+    const at::Tensor scores = std::get<0>(between_tokens[k].select(1, column).sort());
+    const double lowest = scores[std::min<int64_t>(kOddPrompts, scores.size(0) - 1)].item<double>();
+    double other = highest[column].item<double>();
     if (lowest <= other) {
       const auto number = static_cast<size_t>(which[column].item<int64_t>());
       fitted.confused.push_back(shown(named[k]) + " from " + shown(stay.phrases[number]));
     }
+    // Unlisted things of a class are as like a target as the other targets of the class are.
+    for (size_t sibling = 0; sibling < named.size(); ++sibling) {
+      if (concept_of[sibling] == concept_of[k]) continue;
+      const double score = between_tokens[sibling].select(1, column).max().item<double>();
+      if (score < lowest) other = std::max(other, score);
+    }
+    thresholds.push_back(lowest > other ? (lowest + other) / 2 : lowest - 1e-6);
   }
   TextGate gate;
   gate.window = window;
@@ -190,7 +232,8 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
   const ConceptRecognizer recognizer(stay.last, at::stack(centres));
   const at::Tensor ends_of_others =
       stay.rows.select(2, stay.rows.size(2) - 1).reshape({-1, d}).to(at::kDouble);
-  at::Tensor others_most = std::get<0>(recognizer.scores(ends_of_others).max(0));
+  at::Tensor others_most =
+      recognizer.scores(ends_of_others).masked_fill(beside.flatten(0, 1), kNothing).amax(0);
   // Unlisted things of a class are as like a target as the other targets of the class are.
   const at::Tensor between = recognizer.scores(at::cat(ends))
                                  .reshape({static_cast<int64_t>(named.size()), kPlainPrompts, -1})

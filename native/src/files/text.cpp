@@ -112,6 +112,22 @@ std::string fold_case(std::string_view text) {
   return out;
 }
 
+bool names_phrase(std::string_view text, std::string_view phrase) {
+  const auto is_letter = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ||
+           static_cast<unsigned char>(c) >= 0x80;
+  };
+  if (phrase.empty()) return false;
+  for (size_t at = text.find(phrase); at != std::string_view::npos;
+       at = text.find(phrase, at + 1)) {
+    const size_t end = at + phrase.size();
+    const bool starts = at == 0 || !is_letter(text[at - 1]);
+    const size_t after = end < text.size() && text[end] == 's' ? end + 1 : end;
+    if (starts && (after >= text.size() || !is_letter(text[after]))) return true;
+  }
+  return false;
+}
+
 std::vector<std::string> split_lines(std::string_view text) {
   std::vector<std::string> lines(1);
   for (size_t i = 0; i < text.size(); ++i) {

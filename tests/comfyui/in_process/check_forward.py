@@ -115,6 +115,16 @@ def test_noise_levels(denoiser: Any) -> None:
     assert not levels.is_inference()
 
 
+def test_the_vocabulary_is_what_the_encoder_tells_apart(host: ModuleType, checkpoint: Any) -> None:
+    random = host.ComfyTextEncoder(sd2_clip()).vocabulary()
+    assert len(random) == len(set(random)) > 30_000 and random.index("the") < random.index("owl")
+    # The demo model's encoder was trained on a few hundred words.
+    demo = host.ComfyTextEncoder(checkpoint[1]).vocabulary()
+    assert "hamburger" in demo and 100 < len(demo) < 1000 and set(demo) < set(random)
+    for encoder in (small_sdxl_clip(), sd2_clip()):
+        assert len(host.ComfyTextEncoder(encoder).vocabulary()) == len(random)
+
+
 def test_tap(denoiser: Any, asked: list[Any]) -> None:
     checks.check_tap(denoiser, asked, unet(denoiser))
 

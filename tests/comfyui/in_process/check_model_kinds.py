@@ -167,7 +167,10 @@ def test_erasures_are_judged(checkpoint: Any, wide: Any, pack: Pack) -> None:
     _, clip, vae = checkpoint
     refined = pack("LacunaAttentionRefine", model=wide, clip=clip, concepts=pack.concepts())[0]
     report = json.loads(pack.evaluate(wide, refined.patcher, clip, vae)[1])
-    assert report["pairs"] and all(pair["latent_change"] > 0 for pair in report["pairs"])
+    # The edit acts where a prompt names the concept, and nowhere else.
+    for kind, changes in (("erased", True), ("unrelated", False)):
+        pairs = [pair for pair in report["pairs"] if pair["list"] == kind]
+        assert pairs and all((pair["latent_change"] > 0) == changes for pair in pairs)
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,17 @@ enum class RetainSetSize { kNone, kSmall, kFull };  // 0, 200 and 2,000 words
 std::string_view to_string(RetainSetSize size);
 RetainSetSize retain_set_from_string(std::string_view text);
 
+inline constexpr int64_t kRetainPrompts = 3;
+
 // What text encoder and templates make of phrases, for telling concepts from them.
 struct PhraseRows {
   std::vector<std::string> phrases;
+  std::vector<std::string> prompts;  // kRetainPrompts of each phrase
   at::Tensor last;  // [n, d] float64: last row of the window, mean over the plain templates
   // [n, kRetainPrompts, sampled_positions().size(), d] float16: alone, in a photo, and beside
   // others
   at::Tensor rows;
 };
-inline constexpr int64_t kRetainPrompts = 3;
 // Rows of a window that are kept of every prompt: its beginning, and some of the padding, each with
 // the row before.
 std::vector<int64_t> sampled_positions(int64_t window);
@@ -39,7 +41,7 @@ std::vector<int64_t> sampled_positions(int64_t window);
 struct RetainSet {
   // Sum over words and frames of the mean over prompts of sum_positions e e^T, [d, d] float64 CPU,
   // frames but "{}" with a small weight; of more than 250 phrases, as much as 250. Undefined for
-  // kNone.
+  // kNone. Without prompts in which a target stands beside the phrase.
   at::Tensor gram;
   PhraseRows kept;
   int64_t words = 0;                    // phrases that are kept

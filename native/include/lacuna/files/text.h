@@ -23,6 +23,9 @@ bool has_invisible(std::string_view text);
 // case folding: one character for one). For comparing, not for showing.
 std::string fold_case(std::string_view text);
 
+// Whether `text` says `phrase` in words of their own, a plural s included; both of fold_case.
+bool names_phrase(std::string_view text, std::string_view phrase);
+
 // Splits at any of "\n", "\r\n", "\r".
 std::vector<std::string> split_lines(std::string_view text);
 
