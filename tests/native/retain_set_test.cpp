@@ -73,8 +73,8 @@ class RetainSetTest : public ::testing::Test {
          ::testing::UnitTest::GetInstance()->current_test_info()->name());
     std::filesystem::remove_all(folder_);
     std::filesystem::create_directories(folder_);
-    encoder_.vocabulary_ = {"the",  "x",     "house", "owl",  "owls",
-                            "tree", "naïve", "river", "boat", "stone"};
+    encoder_.vocabulary_ = {"the",   "x",     "house", "owl",   "tree",
+                            "naïve", "river", "boat",  "stone", "owls"};
   }
   ~RetainSetTest() override { std::filesystem::remove_all(folder_); }
 
