@@ -288,7 +288,10 @@ const NodeSchema& AttentionRefineNode::schema() const {
             "The edit itself, for LoRA training on top of it."},
            {"lora", "lora", socket::kLoraModel,
             "The edit as a LoRA for Save LoRA; loads in ComfyUI, A1111/Forge and diffusers."},
-           {"report", "report", socket::kString, "What was done, in numbers."}},
+           {"report", "report", socket::kString, "What was done, in numbers."},
+           {"edited_clip", "clip", socket::kClip,
+            "For the prompts, where the edit acts on prompts that name a concept: no prompt that "
+            "says a concept word for word is missed then, whatever else it says."}},
   };
   return schema;
 }
@@ -364,10 +367,24 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
   } else if (settings.with_pooled) {
     text += "\nPooled text: this model (" + model->family() + ") reads none.";
   }
+  std::shared_ptr<TextEncoder> edited_clip;
+  // A prompt's own embedding is what keys and values read alike.
+  if (settings.gated && strength != 0.0 &&
+      settings.options.matrices == EditedMatrices::kKeyAndValue) {
+    edited_clip = clip->with_map(edit->maps.front(), strength, written_forms(concepts.concepts));
+  }
+  if (edited_clip == nullptr) {
+    edited_clip = clip;
+  } else {
+    text +=
+        "\nWith this node's clip connected to the prompts none is missed that says a concept word "
+        "for word, whatever else it says.";
+  }
   NodeResult result;
   result.text = {text};
   result.outputs = {std::move(erased), edit->refinement,
-                    std::make_shared<const LoraTensors>(std::move(tensors)), std::move(text)};
+                    std::make_shared<const LoraTensors>(std::move(tensors)), std::move(text),
+                    std::move(edited_clip)};
   return result;
 }
 

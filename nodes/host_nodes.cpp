@@ -150,7 +150,7 @@ void add_host_nodes(NodeRegistry& registry, std::shared_ptr<Application> applica
                       " tokens, the text encoder reads " + std::to_string(clip->window()) +
                       "; shorten it");
         }
-        return NodeResult{.outputs = {clip->encode({prompt})}};
+        return NodeResult{.outputs = {clip->conditioning({prompt})}};
       });
 
   add({.id = "EmptyLatentImage",

@@ -106,6 +106,15 @@ class PythonTextEncoder final : public TextEncoder {
     const auto pair = handle_.call<std::pair<at::Tensor, py::object>>("embed", prompts);
     return {pair.first, pair.second.is_none() ? at::Tensor() : pair.second.cast<at::Tensor>()};
   }
+  std::shared_ptr<TextEncoder> with_map(const TextMap& map, double strength,
+                                        const std::vector<std::string>& phrases) override {
+    py::gil_scoped_acquire gil;
+    return wrap_text_encoder(
+        handle_.call<py::object>("with_map", map.out, optional(map.in), strength, phrases));
+  }
+  at::Tensor conditioning(const std::vector<std::string>& prompts) override {
+    return handle_.call<at::Tensor>("conditioning", prompts);
+  }
   const py::object& object() const { return handle_.get(); }
 
  private:

@@ -13,7 +13,7 @@ namespace lacuna {
 
 // Raised with every change of what is asked of a host written in Python: a module of other files
 // is then refused in a sentence (python_shim/loader.py) instead of failing in the middle of a run.
-inline constexpr int kHostInterface = 3;
+inline constexpr int kHostInterface = 4;
 
 // Hosts written in Python, seen from C++. Every call takes the GIL; exceptions raised in Python
 // pass through as the identical object. The Python side of each class is described in

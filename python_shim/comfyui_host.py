@@ -53,7 +53,7 @@ from .autograd import (
 from .detector import SafeDetector
 from .errors import HostError
 from .fingerprint import Identity, fingerprint, identify
-from .text_gate import GateParts, TextGate, mapped_where
+from .text_gate import GateParts, NamedMap, TextGate, as_words, mapped_where
 from .vocabulary import whole_words
 
 log = logging.getLogger(__name__)
@@ -127,11 +127,40 @@ def _describe(value: object) -> str:
     raise TypeError(type(value).__name__)
 
 
+_ENCODE = "encode_token_weights"  # of a CLIP's model, which a patch of ours may stand in for
+
+
+class _NamedPrompts:
+    """Stands in for a text encoder's `encode_token_weights`: maps prompts that name a concept."""
+
+    def __init__(self, encode: Callable[..., Any], words: Callable[..., str], named: NamedMap):
+        self.encode = encode
+        self._words = words
+        self._named = named
+
+    def __call__(self, tokens: dict[str, Any]) -> tuple[Any, ...]:
+        context, *rest = self.encode(tokens)
+        return (self._named(context, self._words(tokens)), *rest)
+
+
+def _without_maps(clip: Any) -> Any:
+    encode = clip.patcher.object_patches.get(_ENCODE)
+    if not isinstance(encode, _NamedPrompts):
+        return clip
+    while isinstance(encode, _NamedPrompts):
+        encode = encode.encode
+    plain = clip.clone()
+    plain.patcher.add_object_patch(_ENCODE, encode)
+    return plain
+
+
 class ComfyTextEncoder:
-    """A CLIP as the user connected it: with its LoRAs and its clip skip."""
+    """A CLIP as the user connected it: with its LoRAs and its clip skip. Lacuna reads what it makes
+    of prompts before any map of ours."""
 
     def __init__(self, clip: Any) -> None:
-        self._clip = clip
+        self.clip = clip
+        self._clip = _without_maps(clip)
 
     @cached_property
     def window(self) -> int:
@@ -198,20 +227,61 @@ class ComfyTextEncoder:
         return [[int(entry[0]) for entry in chunk] for chunk in chosen]
 
     def tokenize(self, text: str) -> list[int]:
-        start, end = self._rows("")[0][:2]
+        start, end = self._special
         content = [token for row in self._rows(text) for token in row[1 : row.index(end, 1)]]
         return [start, *content, end]
 
     def vocabulary(self) -> list[str]:
         """Whole words of CLIP's vocabulary; SDXL's two tokenizers share it."""
-        tokenizers = vars(self._clip.tokenizer).values()
+        tokenizer = self._tokenizer
         encoders = self._clip.cond_stage_model.modules()
-        tokenizer = next((each for each in tokenizers if isinstance(each, SDTokenizer)), None)
         encoder = next((each for each in encoders if isinstance(each, SDClipModel)), None)
         if tokenizer is None or encoder is None:
             return []
         embedding = encoder.transformer.get_input_embeddings()
         return whole_words(tokenizer.tokenizer.get_vocab(), embedding)
+
+    @property
+    def _tokenizer(self) -> SDTokenizer | None:
+        """The first of CLIP's kind."""
+        tokenizers = vars(self._clip.tokenizer).values()
+        return next((each for each in tokenizers if isinstance(each, SDTokenizer)), None)
+
+    def with_map(
+        self,
+        out: torch.Tensor,
+        inner: torch.Tensor | None,
+        strength: float,
+        phrases: Sequence[str],
+    ) -> ComfyTextEncoder | None:
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            return None
+        spelled = tokenizer.inv_vocab
+
+        def words(tokens: dict[str, Any]) -> str:
+            # Every chunk of a long prompt, without weights; an embedding ends what is being said.
+            chosen = tokens["l"] if "l" in tokens else next(iter(tokens.values()))
+            start, end = self._special
+            said = []
+            for chunk in chosen:
+                ids = [entry[0] if isinstance(entry[0], int) else None for entry in chunk]
+                content = ids[1 : ids.index(end, 1) if end in ids[1:] else len(ids)]
+                said += [" | " if i is None else spelled.get(i, "") for i in content if i != start]
+            return as_words(said)
+
+        clip = self.clip.clone()
+        named = NamedMap(
+            out, inner, strength, (words(self._clip.tokenize(phrase)) for phrase in phrases)
+        )
+        before = clip.patcher.get_model_object(_ENCODE)
+        clip.patcher.add_object_patch(_ENCODE, _NamedPrompts(before, words, named))
+        return ComfyTextEncoder(clip)
+
+    @cached_property
+    def _special(self) -> tuple[int, int]:
+        start, end = self._rows("")[0][:2]
+        return start, end
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         if not prompts:

@@ -39,7 +39,10 @@ _INPUT_ADAPTERS: dict[str, Callable[[Any], Any]] = {
     "MODEL": comfyui_host.ComfyDenoiser,
     "VAE": comfyui_host.ComfyImageDecoder,
 }
-_OUTPUT_ADAPTERS: dict[str, Callable[[Any], Any]] = {"MODEL": lambda denoiser: denoiser.patcher}
+_OUTPUT_ADAPTERS: dict[str, Callable[[Any], Any]] = {
+    "CLIP": lambda encoder: encoder.clip,
+    "MODEL": lambda denoiser: denoiser.patcher,
+}
 
 _WIDGET_TYPES = ("STRING", "COMBO", "BOOLEAN", "INT", "FLOAT")
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import threading
@@ -26,7 +27,7 @@ from .errors import HostError, brief
 from .fingerprint import Identity, identify
 from .lora_file import Delta
 from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
-from .text_gate import GateParts, TextGate, mapped_where
+from .text_gate import GateParts, NamedMap, TextGate, as_words, mapped_where
 from .vocabulary import whole_words
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class DiffusersTextEncoder:
         self.width: int = self._model.config.hidden_size
         self.window: int = self._model.config.max_position_embeddings
         self.cache_directory = cache_directory
+        self._maps: tuple[NamedMap, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -81,6 +83,27 @@ class DiffusersTextEncoder:
 
     def embed(self, prompts: Sequence[str]) -> tuple[torch.Tensor, None]:
         return self.encode(prompts), None
+
+    def with_map(
+        self,
+        out: torch.Tensor,
+        inner: torch.Tensor | None,
+        strength: float,
+        phrases: Sequence[str],
+    ) -> DiffusersTextEncoder:
+        mapped = copy.copy(self)
+        mapped._maps += (NamedMap(out, inner, strength, map(self._words, phrases)),)
+        return mapped
+
+    def conditioning(self, prompts: Sequence[str]) -> torch.Tensor:
+        text = self.encode(prompts)
+        for each in self._maps:
+            rows = zip(text, prompts, strict=True)
+            text = torch.stack([each(row, self._words(prompt)) for row, prompt in rows])
+        return text
+
+    def _words(self, text: str) -> str:
+        return as_words(self._tokenizer.encode(text).tokens[1:-1])
 
     def _window(self, ids: list[int]) -> list[int]:
         if len(ids) > self.window:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which prompts an edit acts on, told from their embedding while the model runs."""
+"""Which prompts an edit acts on: told from their embedding while the model runs, or, where their
+words are at hand, from what they say."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -51,3 +52,36 @@ def mapped_where(
     if not bool(opened.any()):
         return text
     return torch.where(opened.reshape(-1, *[1] * (text.dim() - 1)), mapped, text)
+
+
+def as_words(tokens: Iterable[str]) -> str:
+    """Tokens of CLIP's vocabulary, as the words they were made of."""
+    return "".join(tokens).replace("</w>", " ").strip()
+
+
+class NamedMap:
+    """x + strength * x @ delta.T for prompts that say a phrase word for word, as the tokenizer
+    reads words; the very same tensor for all others. delta = out @ inner, or out alone."""
+
+    def __init__(
+        self,
+        out: torch.Tensor,
+        inner: torch.Tensor | None,
+        strength: float,
+        phrases: Iterable[str],
+    ) -> None:
+        self._factors = [_kept(each).T for each in (inner, out) if each is not None]
+        self._strength = strength
+        self._phrases = sorted({f" {phrase} " for phrase in phrases if phrase})
+
+    def names(self, words: str) -> bool:
+        text = f" {words} "
+        return any(phrase in text for phrase in self._phrases)
+
+    def __call__(self, text: torch.Tensor, words: str) -> torch.Tensor:
+        if not self.names(words):
+            return text
+        change = text.float()
+        for factor in self._factors:
+            change = change @ factor.to(text.device)
+        return (text.float() + self._strength * change).to(text.dtype)

@@ -46,7 +46,9 @@ BLUEPRINTS = (
             "clip": ("LacunaAttentionRefine", "clip"),
             "words": WORDS,
         },
-        outputs={name: ("LacunaAttentionRefine", name) for name in ("model", "lora", "report")},
+        outputs={
+            name: ("LacunaAttentionRefine", name) for name in ("model", "lora", "report", "clip")
+        },
     ),
     Blueprint(
         name="Forget words (thorough)",
@@ -87,6 +89,12 @@ def _slot(slots: list[JSON], name: str) -> int:
     return labels.index(name)
 
 
+def _with_outputs(node: JSON, schema: JSON) -> None:
+    """What the node has had since the workflow was saved."""
+    for item in schema["outputs"][len(node["outputs"]) :]:
+        node["outputs"].append({"name": item["display_name"], "type": item["type"], "links": []})
+
+
 def _with_defaults(node: JSON, schema: JSON, values: JSON) -> None:
     named = {
         item["id"]: values.get(item["id"], item["default"])
@@ -101,6 +109,8 @@ def build(blueprint: Blueprint, schemas: dict[str, JSON]) -> JSON:
     file = REPOSITORY / "workflows" / f"{blueprint.workflow}.json"
     page = json.loads(file.read_text("utf-8"))
     nodes = {n["type"]: copy.deepcopy(n) for n in page["nodes"] if n["type"] in blueprint.types}
+    for kind, node in nodes.items():
+        _with_outputs(node, schemas[kind])
     kept = {node["id"]: node for node in nodes.values()}
     links: list[JSON] = []
     inputs = [

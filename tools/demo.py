@@ -57,17 +57,21 @@ class Row:
     images: torch.Tensor  # [n, H, W, 3] in 0..1
 
 
-def erase(pack: Any, model: Any, clip: Any, progress: Any) -> tuple[Any, str]:
-    """The model without the three concepts, and the report of Attention Refine."""
+# As a new node is set: the edit acts on prompts that name a concept.
+SAFE = {"retain_set": "small", "where": "prompts that name it"}
+
+
+def erase(pack: Any, model: Any, clip: Any, progress: Any) -> tuple[Any, Any, str]:
+    """Model and clip without the three concepts, and the report of Attention Refine."""
     concepts = None
     for kind, lines in CONCEPTS.items():
         inputs = {"concepts": lines, "kind": kind, "preserve": "" if concepts else PRESERVE}
         if concepts:
             inputs["previous"] = concepts
         concepts = pack.run("LacunaConceptSet", inputs)[0]
-    inputs = {"model": model, "clip": clip, "concepts": concepts}
-    erased, _, _, report = pack.run("LacunaAttentionRefine", inputs, progress)
-    return erased, report
+    inputs = {"model": model, "clip": clip, "concepts": concepts, **SAFE}
+    erased, _, _, report, erased_clip = pack.run("LacunaAttentionRefine", inputs, progress)
+    return erased, erased_clip, report
 
 
 def compose(rows: list[Row], footer: str) -> Image.Image:
@@ -106,7 +110,7 @@ def demo(build: Path) -> Path:
     model, clip, vae = host.load_checkpoint("")
     progress = cli.ProgressLine(sys.stderr)
     try:
-        erased, report = erase(native.NodePack(str(folder)), model, clip, progress)
+        erased, erased_clip, report = erase(native.NodePack(str(folder)), model, clip, progress)
     finally:
         progress.clear()
     log.info("%s", report)
@@ -115,8 +119,8 @@ def demo(build: Path) -> Path:
     studio = Studio(clip, vae, Evaluator.load(), sampling)
     rows = []
     for trial in [*ERASED, *KEPT]:
-        for title, shown in (("Before", model), ("After", erased)):
-            outcome = studio.judge(shown, [trial] * PICTURES, False)
+        for title, shown, read in (("Before", model, clip), ("After", erased, erased_clip)):
+            outcome = studio.judge(shown, [trial] * PICTURES, False, read)
             seen = f"{sum(outcome.hits)} of {PICTURES}"
             log.info("%-7s %-40s '%s' seen in %s", title, trial.prompt, trial.name, seen)
             text = f"{title}\n{trial.name}:\nseen in {seen}"

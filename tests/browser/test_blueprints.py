@@ -43,7 +43,7 @@ def test_the_files_are_what_the_tool_writes(tool: ModuleType, name: str) -> None
 
 
 def _placed(name: str) -> dict[str, Any]:
-    """The blueprint between a loader and a preview of its last output, with little to compute."""
+    """The blueprint between a loader and a preview of its text, with little to compute."""
     graph = _file(name)
     (node,) = graph["nodes"]
     page = json.loads((REPOSITORY / "workflows" / "erase_words.json").read_text("utf-8"))
@@ -61,9 +61,9 @@ def _placed(name: str) -> dict[str, Any]:
             links.append([len(links) + 1, LOADER, slot, SUBGRAPH, target, item["type"]])
             item["link"] = len(links)
             loader["outputs"][slot]["links"].append(len(links))
-    last = len(node["outputs"]) - 1
-    links.append([len(links) + 1, SUBGRAPH, last, PREVIEW, 0, "STRING"])
-    node["outputs"][last]["links"] = [len(links)]
+    text = next(i for i, item in enumerate(node["outputs"]) if item["type"] == "STRING")
+    links.append([len(links) + 1, SUBGRAPH, text, PREVIEW, 0, "STRING"])
+    node["outputs"][text]["links"] = [len(links)]
     preview["inputs"][0]["link"] = len(links)
     for inner in graph["definitions"]["subgraphs"][0]["nodes"]:
         named = inner["widgets_values_named"]

@@ -218,7 +218,19 @@ def test_prompts_that_name_no_concept_are_drawn_bit_for_bit(server: Server, buil
     }
     assert torch.equal(latents["other", "gated"], latents["other", "plain"])
     assert not torch.allclose(latents["named", "gated"], latents["named", "plain"], atol=1e-2)
+    # Beside other things, by the clip of the node: the same map as on the model.
+    words = "a picture of a crab, a tree and a hamburger, sunset"
+    graph = build.edit(where="prompts that name it", retain_set="small")
+    for name, clip in (("edited", ["refine", 4]), ("given", ["ckpt", 1])):
+        graph |= build.sample(["ckpt", 0], f"{name}_clip", words)
+        graph[f"{name}_clip_pos"]["inputs"]["clip"] = clip
+    beside = server.run(graph, seconds=900)
+    assert not torch.allclose(
+        _latent(server, beside, "edited_clip_save"), _latent(server, beside, "given_clip_save"),
+        atol=1e-2,
+    )  # fmt: skip
     report = run.outputs["refine"]["text"][0]
+    assert "this node's clip" in report
     assert "Acts on prompts that name a concept" in report and "Retain set: " in report
     assert "Save Checkpoint writes the model with the concepts still in it" in report
 

@@ -86,6 +86,18 @@ TEST_F(TextGateTest, FindsAConceptAfterManyOtherWords) {
   EXPECT_FALSE(open[1]);
 }
 
+TEST(WrittenForms, ArePhrasesPluralsAndJoinedWords) {
+  Concept item;
+  item.target = "flag of italy";
+  item.synonyms = {"puppy"};
+  const std::vector<std::string> forms = written_forms({item});
+  for (const char* form : {"flag of italy", "flags of italy", "flag-of-italy", "flagofitaly",
+                           "puppy", "puppies", "puppys"}) {
+    EXPECT_NE(std::find(forms.begin(), forms.end(), form), forms.end()) << form;
+  }
+  EXPECT_EQ(std::find(forms.begin(), forms.end(), "flag"), forms.end());
+}
+
 TEST_F(TextGateTest, SaysWhatItCannotTellApart) {
   PreservedPhrase same;
   same.phrase = "owl";

@@ -493,6 +493,32 @@ TEST_P(AttentionRefineTest, ActsWhereAPromptNamesAConcept) {
   EXPECT_NE(report.find("Retain set: "), std::string::npos);
   EXPECT_FALSE(std::get<std::shared_ptr<const LoraTensors>>(result.outputs[2])->empty());
 
+  // The prompts' own CLIP: what names a concept word for word, beside anything else.
+  const auto clip_of = [](const NodeResult& given) {
+    return std::get<std::shared_ptr<TextEncoder>>(given.outputs[4]);
+  };
+  const std::shared_ptr<TextEncoder> edited = clip_of(result);
+  for (const char* prompt : {"a photo of owl", "wordaf wordba owl and wordac", "two owls"}) {
+    EXPECT_FALSE(at::equal(edited->conditioning({prompt}), clip_->conditioning({prompt})))
+        << prompt;
+    EXPECT_TRUE(at::equal(edited->encode({prompt}), clip_->encode({prompt}))) << prompt;
+  }
+  EXPECT_TRUE(at::equal(edited->conditioning({"a photo of wordac"}),
+                        clip_->conditioning({"a photo of wordac"})));
+  EXPECT_NE(report.find("this node's clip"), std::string::npos);
+  // As the map on the model makes it.
+  const at::Tensor delta = model_of(result)->input_maps_.begin()->second;
+  const at::Tensor rows = clip_->encode({"a photo of owl"});
+  EXPECT_LT(relative_difference(edited->conditioning({"a photo of owl"}),
+                                rows + at::matmul(rows, delta.t().to(rows))),
+            1e-5);
+  for (Values other : {Values{{"where", std::string("every prompt")}},
+                       Values{{"where", std::string("prompts that name it")}, {"strength", 0.0}},
+                       Values{{"where", std::string("prompts that name it")},
+                              {"matrices", std::string("value")}}}) {
+    EXPECT_EQ(clip_of(run(std::move(other))), clip_) << "no embedding is mapped";
+  }
+
   Values weights = named;
   weights["apply_as"] = std::string("weights");
   EXPECT_NE(message_of([&] { run(weights); }).find("weights act on every prompt"),

@@ -60,7 +60,7 @@ def edit(demo, pack, task, tmp_path_factory):
     known: dict[str, Any] = {}
 
     def edit(method: str) -> Any:
-        return known.setdefault(method, editor.edit("objects", task, method))
+        return known.setdefault(method, editor.edit("objects", task, method)[0])
 
     return edit
 

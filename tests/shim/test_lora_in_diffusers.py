@@ -34,7 +34,7 @@ def test_it_loads_completely_and_gives_the_patched_weights(
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft", reason="diffusers loads LoRAs with peft")
     model = demo[0]
-    erased, _, lora, _ = edit
+    erased, _, lora, *_ = edit
     file = tmp_path / "lora.safetensors"
     safetensors.torch.save_file(lora, file)
     expand.main(["--out", str(tmp_path), "--diffusers"])
@@ -67,7 +67,7 @@ def test_it_loads_completely_and_gives_the_patched_weights(
 
 def test_any_kohya_loader_gets_the_patched_weights(demo: Any, edit: list) -> None:
     """What A1111 and Forge do with the tensors: up @ down * alpha / rank, nothing left over."""
-    model, (erased, _, lora, _) = demo[0], edit
+    model, (erased, _, lora, *_) = demo[0], edit
     parts = ("lora_down.weight", "lora_up.weight", "alpha")
     names = {name: lora_name for name, lora_name, _ in model.cross_attention()}
     assert set(lora) == {f"{name}.{part}" for name in names.values() for part in parts}

@@ -169,7 +169,9 @@ def test_two_threads_run_one_node_at_once(pack) -> None:
 def test_values_cross_both_ways(pack) -> None:
     model = FakeDenoiser()
     before = {name: weight.clone() for name, weight in model.weights.items()}
-    erased, refinement, lora, report = refine(pack, model)
+    clip = FakeTextEncoder()
+    erased, refinement, lora, report, same_clip = refine(pack, model, clip)
+    assert same_clip is clip
     assert type(refinement).__name__ == "Refinement"
     assert "cat -> fog" in report
     assert all(torch.equal(model.weights[name], before[name]) for name in before)

@@ -58,13 +58,13 @@ def erased(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, st
          "templates": 4, "kind": "object"},
         None,
     )[0]  # fmt: skip
-    edited, _, _, report = pack.run(
+    edited, _, _, report, edited_clip = pack.run(
         "LacunaAttentionRefine",
         {"model": model, "clip": clip, "concepts": concepts, "regularization": 1.0,
          "retain_set": "small", "where": "prompts that name it"},
         None,
     )  # fmt: skip
-    return edited, report
+    return edited, report, edited_clip
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,30 @@ def test_rows_of_a_batch_are_judged_apart(demo: Any, erased: Any):
     edited, plain = sample(erased[0], clip, prompts), sample(model, clip, prompts)
     assert torch.equal(edited[0], plain[0])
     assert (edited[1] - plain[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a picture of a crab and an owl",
+        "a large house on a hill next to a tree with two owls, sunset, detailed",
+        "a bear holding the flag of norway in a garden",
+        "flags of norway",
+        "Flag-of-Norway",
+    ],
+)
+def test_prompts_that_say_a_concept_beside_other_things_are_edited_by_the_clip(
+    demo: Any, erased: Any, prompt: str
+):
+    clip, edited = demo[1], erased[2]
+    changed = (edited.conditioning([prompt]) - clip.conditioning([prompt])).abs().max()
+    assert changed > 0.1
+    assert torch.equal(edited.encode([prompt]), clip.encode([prompt]))  # what Lacuna reads
+
+
+@pytest.mark.parametrize("prompt", ["", "a bowl", "owlet", "flag of sweden", "norway", "a crab"])
+def test_other_prompts_are_read_by_the_clip_as_they_were(demo: Any, erased: Any, prompt: str):
+    assert torch.equal(erased[2].conditioning([prompt]), demo[1].encode([prompt]))
 
 
 def test_the_report_says_where_it_acts_and_what_was_retained(erased: Any):

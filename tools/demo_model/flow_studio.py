@@ -45,8 +45,8 @@ class FlowStudio(Studio):
         self._latent_std = load_latent_space(options)[1]
 
     @torch.no_grad()
-    def draw(self, model: Any, prompts: Sequence[str]) -> torch.Tensor:
-        """Pictures [n, 64, 64, 3] of the prompts; `model` is not asked."""
+    def draw(self, model: Any, prompts: Sequence[str], clip: Any = None) -> torch.Tensor:
+        """Pictures [n, 64, 64, 3] of the prompts; `model` and `clip` are not asked."""
         s = self._sampling
         images = []
         for start in range(0, len(prompts), s["batch"]):

@@ -122,10 +122,14 @@ class Studio:
     def __init__(self, clip: Any, vae: Any, judge: Evaluator, sampling: dict[str, Any]) -> None:
         self._clip, self._vae, self._judge, self._sampling = clip, vae, judge, sampling
 
-    def draw(self, model: Any, prompts: Sequence[str]) -> torch.Tensor:
-        """Pictures [n, 64, 64, 3] of the prompts; the n-th has the same noise for every model."""
+    def draw(self, model: Any, prompts: Sequence[str], clip: Any = None) -> torch.Tensor:
+        """Pictures [n, 64, 64, 3] of the prompts; the n-th has the same noise for every model.
+
+        clip: an edited one, for the prompts.
+        """
         s = self._sampling
         side = s["size"] // 8
+        reader = clip or self._clip
         empty = self._clip.encode([""])
         images = []
         for start in range(0, len(prompts), s["batch"]):
@@ -133,16 +137,16 @@ class Studio:
             latent = torch.zeros(len(part), 4, side, side)
             latent = model.sample(
                 s["seed"] + start, s["steps"], s["cfg"], s["sampler"], s["scheduler"],
-                self._clip.encode(part), empty, latent, 1.0, lambda done, total: None,
+                reader.conditioning(part), empty, latent, 1.0, lambda done, total: None,
             )  # fmt: skip
             images.append(self._vae.decode(latent))
         return torch.cat(images)
 
-    def judge(self, model: Any, trials: list[Trial], negated: bool) -> Outcome:
+    def judge(self, model: Any, trials: list[Trial], negated: bool, clip: Any = None) -> Outcome:
         """Draw the trials and count hits."""
         if not trials:
             return Outcome([], torch.zeros(0, 64, 64, 3), [])
-        images = self.draw(model, [trial.prompt for trial in trials])
+        images = self.draw(model, [trial.prompt for trial in trials], clip)
         named = self._judge.named(images)
         hits = [(named[trial.head][i] == trial.name) != negated for i, trial in enumerate(trials)]
         return Outcome(trials, images, hits)
@@ -179,21 +183,23 @@ class Editor:
         self._pack, self._model, self._clip = pack, model, clip
         self._protocol, self._bundles = protocol, bundles
 
-    def edit(self, name: str, task: dict[str, Any], method: str) -> Any:
-        """The model after `method` for the task's concepts."""
+    def edit(self, name: str, task: dict[str, Any], method: str) -> tuple[Any, Any]:
+        """Model and clip after `method` for the task's concepts."""
         if method == "none":
-            return self._model
+            return self._model, self._clip
         concepts = self._run("LacunaConceptSet", concept_set_inputs(task))[0]
         name_of_form, *extras = method.split("+")
         if name_of_form in CLOSED_FORMS:
-            return self._refine(concepts, name_of_form, extras)[0]
+            edited = self._refine(concepts, name_of_form, extras)
+            return edited[0], edited[4]
         # uce: what attention is left at the phrase reads the anchor there, not the concept
         refined, refinement = self._refine(concepts, "mace" if method == NAIVE_SUM else "uce")[:2]
         loras, file = self._train(name, concepts, refinement, method)
         if method == NAIVE_SUM:
-            return sum_loras(refined, file)
+            return sum_loras(refined, file), self._clip
         inputs = {"model": self._model, "clip": self._clip, "loras": loras}
-        return self._run("LacunaLoRAFuse", inputs | self._protocol["fusion"])[0]
+        fused = self._run("LacunaLoRAFuse", inputs | self._protocol["fusion"])[0]
+        return fused, self._clip
 
     def _run(self, node: str, inputs: dict[str, Any]) -> list[Any]:
         from python_shim import cli
@@ -422,11 +428,16 @@ def score(options: argparse.Namespace, studio: Studio, pack: Any, host: Any, bun
         task = protocol["tasks"][name]
         for method in options.method:
             started = time.monotonic()
-            model = editor.edit(name, task, method) if brought is None else brought
+            model, edited_clip = (
+                editor.edit(name, task, method) if brought is None else (brought, None)
+            )
             edited = time.monotonic()
             outcomes = {
                 part: studio.judge(
-                    model, list_trials(task["lists"][part], protocol["templates"]), part in NEGATED
+                    model,
+                    list_trials(task["lists"][part], protocol["templates"]),
+                    part in NEGATED,
+                    edited_clip,
                 )
                 for part in LISTS
             }

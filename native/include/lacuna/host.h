@@ -45,6 +45,8 @@ struct TextEmbedding {
   at::Tensor pooled;   // [n, p]: what SDXL adds to its time embedding; undefined elsewhere
 };
 
+struct TextMap;
+
 class TextEncoder {
  public:
   virtual ~TextEncoder() = default;
@@ -72,6 +74,18 @@ class TextEncoder {
   // encode() with the pooled vectors, for forward passes.
   virtual TextEmbedding embed(const std::vector<std::string>& prompts) {
     return {encode(prompts), {}};
+  }
+  // The same encoder, whose conditioning() becomes x + strength delta x for prompts that say one of
+  // `phrases` word for word, whatever else they say. What the core reads of it stays as it is.
+  // Null: the host cannot do that.
+  virtual std::shared_ptr<TextEncoder> with_map(const TextMap& map, double strength,
+                                                const std::vector<std::string>& phrases) {
+    (void)map, (void)strength, (void)phrases;
+    return nullptr;
+  }
+  // [n, window, width]: what prompt nodes make of prompts.
+  virtual at::Tensor conditioning(const std::vector<std::string>& prompts) {
+    return encode(prompts);
   }
 };
 

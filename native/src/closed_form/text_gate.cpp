@@ -257,6 +257,34 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
   return fitted;
 }
 
+std::vector<std::string> written_forms(const std::vector<Concept>& concepts) {
+  std::vector<std::string> forms;
+  const auto joined = [](std::string text, std::string_view by) {
+    for (size_t at = text.find(' '); at != std::string::npos; at = text.find(' ', at + by.size())) {
+      text.replace(at, 1, by);
+    }
+    return text;
+  };
+  for (const Concept& item : concepts) {
+    for (const std::string& phrase : phrases(item)) {
+      std::vector<std::string> numbers{phrase, phrase + "s", phrase + "es"};
+      if (phrase.ends_with('y')) numbers.push_back(phrase.substr(0, phrase.size() - 1) + "ies");
+      // Flags of norway.
+      const size_t of = phrase.find(" of ");
+      if (of != std::string::npos) {
+        numbers.push_back(phrase.substr(0, of) + "s" + phrase.substr(of));
+      }
+      for (const std::string& each : numbers) {
+        forms.push_back(each);
+        if (each.find(' ') == std::string::npos) continue;
+        forms.push_back(joined(each, "-"));
+        forms.push_back(joined(each, ""));
+      }
+    }
+  }
+  return forms;
+}
+
 at::Tensor opens(const TextGate& gate, const at::Tensor& context) {
   const int64_t n = context.size(0);
   const int64_t windows = context.size(1) / gate.window;

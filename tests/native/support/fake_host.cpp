@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "support/fake_host.h"
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <sstream>
@@ -34,6 +35,27 @@ std::vector<int64_t> FakeTextEncoder::tokenize(const std::string& text) {
   }
   ids.push_back(kEnd);
   return ids;
+}
+
+std::shared_ptr<TextEncoder> FakeTextEncoder::with_map(const TextMap& map, double strength,
+                                                       const std::vector<std::string>& phrases) {
+  auto mapped = std::make_shared<FakeTextEncoder>(*this);
+  mapped->mapped_phrases_ = phrases;
+  mapped->map_ = strength * (map.in.defined() ? at::matmul(map.out, map.in) : map.out);
+  return mapped;
+}
+
+at::Tensor FakeTextEncoder::conditioning(const std::vector<std::string>& prompts) {
+  at::Tensor rows = encode(prompts);
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    const bool named =
+        std::any_of(mapped_phrases_.begin(), mapped_phrases_.end(), [&](const std::string& phrase) {
+          return (" " + prompts[i] + " ").find(" " + phrase + " ") != std::string::npos;
+        });
+    at::Tensor own = rows[static_cast<int64_t>(i)];
+    if (named) own.add_(at::matmul(own, map_.t().to(own)));
+  }
+  return rows;
 }
 
 at::Tensor FakeTextEncoder::encode(const std::vector<std::string>& prompts) {

@@ -25,6 +25,9 @@ class FakeTextEncoder : public TextEncoder {
   std::vector<int64_t> tokenize(const std::string& text) override;
   std::vector<std::string> vocabulary() override { return vocabulary_; }
   at::Tensor encode(const std::vector<std::string>& prompts) override;
+  std::shared_ptr<TextEncoder> with_map(const TextMap& map, double strength,
+                                        const std::vector<std::string>& phrases) override;
+  at::Tensor conditioning(const std::vector<std::string>& prompts) override;
 
   std::string fingerprint_ = "fake";
   std::vector<std::string> vocabulary_;
@@ -32,6 +35,8 @@ class FakeTextEncoder : public TextEncoder {
   std::string cache_directory_;
   int64_t encoded_prompts = 0;
   bool broken = false;  // returns NaN
+  std::vector<std::string> mapped_phrases_;
+  at::Tensor map_;  // strength delta, [d, d], or undefined
 
  private:
   int64_t width_;

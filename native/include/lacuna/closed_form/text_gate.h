@@ -33,6 +33,10 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
                     const std::vector<PreservedPhrase>& preserve, const RetainSet& retained,
                     Progress& progress);
 
+// What a prompt may call a concept by, word for word: its phrases, their plurals, with hyphens or
+// nothing between their words.
+std::vector<std::string> written_forms(const std::vector<Concept>& concepts);
+
 // [n]: whether the gate opens for each of n prompts; context: [n, windows * window, d]. What hosts
 // do while the model runs.
 at::Tensor opens(const TextGate& gate, const at::Tensor& context);
