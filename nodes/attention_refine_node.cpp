@@ -368,13 +368,19 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
     text += "\nPooled text: this model (" + model->family() + ") reads none.";
   }
   std::shared_ptr<TextEncoder> edited_clip;
-  // A prompt's own embedding is what keys and values read alike.
-  if (settings.gated && strength != 0.0 &&
+  // A prompt's own embedding is what keys and values read alike. What it has edited in full the
+  // MODEL leaves alone, which would edit half an edit once more.
+  if (settings.gated && strength == 1.0 &&
       settings.options.matrices == EditedMatrices::kKeyAndValue) {
     edited_clip = clip->with_map(edit->maps.front(), strength, written_forms(concepts.concepts));
   }
   if (edited_clip == nullptr) {
     edited_clip = clip;
+    if (settings.gated && strength != 0.0) {
+      text +=
+          "\nThis node's clip is the one that was given: only an edit of keys and values at "
+          "strength 1 can be made on prompts that say a concept word for word.";
+    }
   } else {
     text +=
         "\nWith this node's clip connected to the prompts none is missed that says a concept word "

@@ -109,8 +109,9 @@ class PythonTextEncoder final : public TextEncoder {
   std::shared_ptr<TextEncoder> with_map(const TextMap& map, double strength,
                                         const std::vector<std::string>& phrases) override {
     py::gil_scoped_acquire gil;
-    return wrap_text_encoder(
-        handle_.call<py::object>("with_map", map.out, optional(map.in), strength, phrases));
+    py::object mapped =
+        handle_.call<py::object>("with_map", map.out, optional(map.in), strength, phrases);
+    return mapped.is_none() ? nullptr : wrap_text_encoder(std::move(mapped));
   }
   at::Tensor conditioning(const std::vector<std::string>& prompts) override {
     return handle_.call<at::Tensor>("conditioning", prompts);

@@ -53,7 +53,7 @@ from .autograd import (
 from .detector import SafeDetector
 from .errors import HostError
 from .fingerprint import Identity, fingerprint, identify
-from .text_gate import GateParts, NamedMap, TextGate, as_words, mapped_where
+from .text_gate import GateParts, NamedMap, TextGate, mapped_where
 from .vocabulary import whole_words
 
 log = logging.getLogger(__name__)
@@ -133,14 +133,14 @@ _ENCODE = "encode_token_weights"  # of a CLIP's model, which a patch of ours may
 class _NamedPrompts:
     """Stands in for a text encoder's `encode_token_weights`: maps prompts that name a concept."""
 
-    def __init__(self, encode: Callable[..., Any], words: Callable[..., str], named: NamedMap):
+    def __init__(self, encode: Callable[..., Any], said: Callable[..., list[str]], named: NamedMap):
         self.encode = encode
-        self._words = words
+        self._said = said
         self._named = named
 
     def __call__(self, tokens: dict[str, Any]) -> tuple[Any, ...]:
         context, *rest = self.encode(tokens)
-        return (self._named(context, self._words(tokens)), *rest)
+        return (self._named(context, self._said(tokens)), *rest)
 
 
 def _without_maps(clip: Any) -> Any:
@@ -227,7 +227,7 @@ class ComfyTextEncoder:
         return [[int(entry[0]) for entry in chunk] for chunk in chosen]
 
     def tokenize(self, text: str) -> list[int]:
-        start, end = self._special
+        start, end = self._rows("")[0][:2]
         content = [token for row in self._rows(text) for token in row[1 : row.index(end, 1)]]
         return [start, *content, end]
 
@@ -257,31 +257,28 @@ class ComfyTextEncoder:
         tokenizer = self._tokenizer
         if tokenizer is None:
             return None
-        spelled = tokenizer.inv_vocab
+        # Start, end and padding of each list.
+        silent = {name: {entry[0] for entry in rows[0]} for name, rows in self._chunks("").items()}
 
-        def words(tokens: dict[str, Any]) -> str:
-            # Every chunk of a long prompt, without weights; an embedding ends what is being said.
-            chosen = tokens["l"] if "l" in tokens else next(iter(tokens.values()))
-            start, end = self._special
-            said = []
-            for chunk in chosen:
-                ids = [entry[0] if isinstance(entry[0], int) else None for entry in chunk]
-                content = ids[1 : ids.index(end, 1) if end in ids[1:] else len(ids)]
-                said += [" | " if i is None else spelled.get(i, "") for i in content if i != start]
-            return as_words(said)
+        def said(tokens: dict[str, Any]) -> list[str]:
+            """By each token list of SDXL, in all chunks; an embedding parts what is being said."""
+            prompts = []
+            for name in tokens.keys() & silent.keys():
+                ids = [entry[0] for chunk in tokens[name] for entry in chunk]
+                read = [
+                    tokenizer.inv_vocab.get(token, "") if isinstance(token, int) else "|</w>"
+                    for token in ids
+                    if not isinstance(token, int) or token not in silent[name]
+                ]
+                text = tokenizer.tokenizer.convert_tokens_to_string(read)
+                prompts.append(text.replace("</w>", " "))
+            return prompts
 
         clip = self.clip.clone()
-        named = NamedMap(
-            out, inner, strength, (words(self._clip.tokenize(phrase)) for phrase in phrases)
-        )
+        named = NamedMap(out, inner, strength, phrases)
         before = clip.patcher.get_model_object(_ENCODE)
-        clip.patcher.add_object_patch(_ENCODE, _NamedPrompts(before, words, named))
+        clip.patcher.add_object_patch(_ENCODE, _NamedPrompts(before, said, named))
         return ComfyTextEncoder(clip)
-
-    @cached_property
-    def _special(self) -> tuple[int, int]:
-        start, end = self._rows("")[0][:2]
-        return start, end
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         if not prompts:

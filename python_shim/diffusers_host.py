@@ -27,7 +27,7 @@ from .errors import HostError, brief
 from .fingerprint import Identity, identify
 from .lora_file import Delta
 from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
-from .text_gate import GateParts, NamedMap, TextGate, as_words, mapped_where
+from .text_gate import GateParts, NamedMap, TextGate, mapped_where
 from .vocabulary import whole_words
 
 log = logging.getLogger(__name__)
@@ -92,18 +92,15 @@ class DiffusersTextEncoder:
         phrases: Sequence[str],
     ) -> DiffusersTextEncoder:
         mapped = copy.copy(self)
-        mapped._maps += (NamedMap(out, inner, strength, map(self._words, phrases)),)
+        mapped._maps += (NamedMap(out, inner, strength, phrases),)
         return mapped
 
     def conditioning(self, prompts: Sequence[str]) -> torch.Tensor:
         text = self.encode(prompts)
         for each in self._maps:
             rows = zip(text, prompts, strict=True)
-            text = torch.stack([each(row, self._words(prompt)) for row, prompt in rows])
+            text = torch.stack([each(row, [prompt]) for row, prompt in rows])
         return text
-
-    def _words(self, text: str) -> str:
-        return as_words(self._tokenizer.encode(text).tokens[1:-1])
 
     def _window(self, ids: list[int]) -> list[int]:
         if len(ids) > self.window:

@@ -4,6 +4,8 @@ words are at hand, from what they say."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -26,16 +28,15 @@ class TextGate:
         self._window = window
 
     def __call__(self, text: torch.Tensor) -> torch.Tensor:
-        """[n] bool for [n, windows * window, d]."""
-        n, length, width = text.shape
-        rows = text.float().reshape(n, length // self._window, self._window, width)
-        opened = torch.zeros(n, dtype=torch.bool, device=text.device)
-        for now, before, offset, last_row_only in self._tests:
-            first = self._window - 1 if last_row_only else 1
-            score = rows[:, :, first:] @ now.to(text.device) - offset.to(text.device)
-            if before is not None:
-                score = score + rows[:, :, first - 1 : -1] @ before.to(text.device)
-            opened |= (score > 0).reshape(n, -1).any(1)
+        """[n] bool for [n, rows, d], in windows."""
+        opened = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+        for rows in text.float().split(self._window, 1):  # the last may be shorter
+            for now, before, offset, last_row_only in self._tests:
+                first = max(rows.shape[1] - 1 if last_row_only else 1, 1)
+                score = rows[:, first:] @ now.to(text.device) - offset.to(text.device)
+                if before is not None:
+                    score = score + rows[:, first - 1 : -1] @ before.to(text.device)
+                opened |= (score > 0).flatten(1).any(1)
         return opened
 
 
@@ -54,14 +55,21 @@ def mapped_where(
     return torch.where(opened.reshape(-1, *[1] * (text.dim() - 1)), mapped, text)
 
 
-def as_words(tokens: Iterable[str]) -> str:
-    """Tokens of CLIP's vocabulary, as the words they were made of."""
-    return "".join(tokens).replace("</w>", " ").strip()
+# Scripts without spaces word by word, letters together, digits and signs one by one. Hyphens,
+# underscores and quotes part words like spaces do.
+_UNSPACED = "\\u0e00-\\u0e7f\\u3040-\\u30ff\\u3400-\\u4dbf\\u4e00-\\u9fff\\uf900-\\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W\d_{_UNSPACED}]+|\d|[^\s\w]")
+_PARTING = frozenset("-\u2010\u2011\u2012\u2013\u2014\"'`\u00b4\u2018\u2019\u201c\u201d")
+
+
+def _words(text: str) -> str:
+    found = _WORD.findall(unicodedata.normalize("NFC", text).lower())
+    return " ".join(word for word in found if word not in _PARTING)
 
 
 class NamedMap:
-    """x + strength * x @ delta.T for prompts that say a phrase word for word, as the tokenizer
-    reads words; the very same tensor for all others. delta = out @ inner, or out alone."""
+    """x + strength * x @ delta.T for prompts that say a phrase word for word; the very same tensor
+    for all others. delta = out @ inner, or out alone."""
 
     def __init__(
         self,
@@ -72,14 +80,15 @@ class NamedMap:
     ) -> None:
         self._factors = [_kept(each).T for each in (inner, out) if each is not None]
         self._strength = strength
-        self._phrases = sorted({f" {phrase} " for phrase in phrases if phrase})
+        self._phrases = sorted({f" {words} " for words in map(_words, phrases) if words})
 
-    def names(self, words: str) -> bool:
-        text = f" {words} "
+    def names(self, prompt: str) -> bool:
+        text = f" {_words(prompt)} "
         return any(phrase in text for phrase in self._phrases)
 
-    def __call__(self, text: torch.Tensor, words: str) -> torch.Tensor:
-        if not self.names(words):
+    def __call__(self, text: torch.Tensor, prompts: Iterable[str]) -> torch.Tensor:
+        """text: what was read of all of one prompt, which may have been said in several ways."""
+        if not any(map(self.names, prompts)):
             return text
         change = text.float()
         for factor in self._factors:

@@ -464,8 +464,13 @@ TEST(PastedLists, AreReadInLinearTimeAndToldOnOneScreen) {
     arrows +=
         "owl" + std::to_string(i) + " " + std::string(1 + static_cast<size_t>(i), '-') + "> x\n";
   }
+  std::string heads, marks;
+  for (int i = 0; i < 1 << 17; ++i) {
+    heads += ">»";
+    marks += "\u0301\u0323";
+  }
   const auto begin = std::clock();
-  read_as(hard);
+  for (const std::string& each : {hard, heads, marks}) read_as(each);
   EXPECT_LT(static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC, 10.0);  // was 300
   std::string told;
   read_as(arrows, &told);

@@ -145,6 +145,15 @@ TEST_F(RetainSetTest, AnEncoderWithoutWordsIsRefusedInASentence) {
             std::string::npos);
 }
 
+TEST_F(RetainSetTest, ConceptsThatLeaveNothingToKeepAreRefusedInASentence) {
+  encoder_.vocabulary_ = {"owl", "ship"};
+  EXPECT_NE(message_of([&] {
+              collect_retain_set(encoder_, {concept_of("owl"), concept_of("ship")},
+                                 RetainSetSize::kSmall, progress_);
+            }).find("are all that the retain set could keep"),
+            std::string::npos);
+}
+
 TEST_F(RetainSetTest, CanBeCancelled) {
   testing::CountingProgress cancelled;
   cancelled.cancel_at = 2;

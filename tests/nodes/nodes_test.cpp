@@ -514,6 +514,7 @@ TEST_P(AttentionRefineTest, ActsWhereAPromptNamesAConcept) {
             1e-5);
   for (Values other : {Values{{"where", std::string("every prompt")}},
                        Values{{"where", std::string("prompts that name it")}, {"strength", 0.0}},
+                       Values{{"where", std::string("prompts that name it")}, {"strength", 0.5}},
                        Values{{"where", std::string("prompts that name it")},
                               {"matrices", std::string("value")}}}) {
     EXPECT_EQ(clip_of(run(std::move(other))), clip_) << "no embedding is mapped";

@@ -101,6 +101,7 @@ def test_rows_of_a_batch_are_judged_apart(demo: Any, erased: Any):
         "a bear holding the flag of norway in a garden",
         "flags of norway",
         "Flag-of-Norway",
+        "flag_of_norway, night",
     ],
 )
 def test_prompts_that_say_a_concept_beside_other_things_are_edited_by_the_clip(

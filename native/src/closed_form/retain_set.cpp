@@ -333,10 +333,11 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
     named.insert(fold_case(phrase));
     for (const std::string& word : words_of(fold_case(phrase))) named.insert(word);
   }
+  std::vector<std::string> folded;
+  for (const std::string& phrase : erased) folded.push_back(fold_case(phrase));
   const auto names_any = [&](const std::string& prompt) {
-    return std::any_of(erased.begin(), erased.end(), [&](const std::string& phrase) {
-      return names_phrase(prompt, fold_case(phrase));
-    });
+    return std::any_of(folded.begin(), folded.end(),
+                       [&](const std::string& phrase) { return names_phrase(prompt, phrase); });
   };
   set.gram = at::zeros({d, d}, at::kDouble);
   std::vector<at::Tensor> last;
@@ -378,6 +379,12 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
     const at::Tensor places = at::tensor(std::vector<int64_t>(kept.begin(), kept.end()), at::kLong);
     last.push_back(read[f].last.index_select(0, places));
     rows.push_back(read[f].rows.index_select(0, places));
+  }
+  if (set.kept.phrases.size() < 2) {
+    throw Error(
+        "the concepts are all that the retain set could keep: the text encoder takes each of its " +
+        std::to_string(words.size()) +
+        " words for one; set 'retain set' to full or none, and 'where' to every prompt");
   }
   set.kept.last = at::cat(last);
   set.kept.rows = at::cat(rows);

@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/maximum.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
@@ -75,7 +76,7 @@ std::vector<NamingPrompt> naming_prompts(TextEncoder& encoder, const Concept& it
         before.empty() ? 0 : static_cast<int64_t>(encoder.tokenize(before).size()) - 2;
     const int64_t last_token = begin + tokens;
     // A window that ends before the phrase does says nothing of it.
-    if (last_token < encoder.window() || prompts.empty()) {
+    if (prompts.size() < static_cast<size_t>(kPlainPrompts) || last_token < encoder.window()) {
       prompts.push_back({fill_template(each, phrase), std::min(last_token, encoder.window() - 1)});
     }
   }
@@ -97,6 +98,22 @@ at::Tensor sampled_pairs(const at::Tensor& rows, int64_t window) {
   }
   const at::Tensor at_now = at::tensor(now, at::kLong);
   return at::cat({rows.index_select(2, at_now), rows.index_select(2, at_now - 1)}, 3);
+}
+
+std::vector<std::string> plurals(const std::string& phrase) {
+  std::vector<std::string> forms{phrase + "s"};
+  const auto ending = [&](std::string_view from, std::string_view to) {
+    if (!phrase.ends_with(from)) return;
+    forms.push_back(phrase.substr(0, phrase.size() - from.size()) + std::string(to));
+  };
+  for (const std::string_view sibilant : {"s", "x", "z", "ch", "sh", "o"}) {
+    ending(sibilant, std::string(sibilant) + "es");
+  }
+  ending("y", "ies");
+  ending("f", "ves");
+  ending("fe", "ves");
+  ending("man", "men");
+  return forms;
 }
 
 std::string shown(const std::string& phrase) { return in_quotes(phrase, 40); }
@@ -178,6 +195,7 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
   const auto concepts_named = static_cast<int64_t>(named.size());
   at::Tensor beside = at::zeros({phrases_kept, kRetainPrompts, concepts_named}, at::kBool);
   for (int64_t i = 0; i < phrases_kept; ++i) {
+    progress.check();
     const std::string phrase = fold_case(stay.phrases[static_cast<size_t>(i)]);
     for (int64_t j = 0; j < kRetainPrompts; ++j) {
       const std::string prompt =
@@ -198,27 +216,38 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
                                     .amax(1)
                                     .to(at::kDouble);
   const auto [highest, which] = stay_score.max(0);
-  // Each phrase's prompts, by the weights of all, [phrases, prompts, k].
-  std::vector<at::Tensor> between_tokens;
-  for (const at::Tensor& each : own) between_tokens.push_back(at::matmul(each, weights) - zero);
+  // Unlisted things of a class are as like a target as the other targets of the class are.
+  at::Tensor same = at::zeros({concepts_named, concepts_named}, at::kBool);
+  for (int64_t k = 0; k < concepts_named; ++k) {
+    const size_t item = concept_of[static_cast<size_t>(k)];
+    for (int64_t other = k; other >= 0 && concept_of[static_cast<size_t>(other)] == item; --other) {
+      same[k][other] = same[other][k] = true;
+    }
+  }
+  std::vector<double> lowest;
+  std::vector<at::Tensor> most;  // of each phrase's prompts, by the weights of all: [k]
+  for (int64_t k = 0; k < concepts_named; ++k) {
+    progress.check();
+    const at::Tensor scores = at::matmul(own[static_cast<size_t>(k)], weights) - zero;
+    most.push_back(scores.amax(0));
+    const at::Tensor sorted = std::get<0>(scores.select(1, k).sort());
+    lowest.push_back(sorted[std::min(kOddPrompts, sorted.size(0) - 1)].item<double>());
+  }
+  const at::Tensor siblings = at::stack(most);  // [of k, by k]
+  const at::Tensor siblings_most =
+      siblings.masked_fill(same.logical_or(siblings.ge(at::tensor(lowest, at::kDouble))), kNothing)
+          .amax(0);
   FittedGate fitted;
   std::vector<double> thresholds;
   for (size_t k = 0; k < named.size(); ++k) {
     const auto column = static_cast<int64_t>(k);
-    const at::Tensor scores = std::get<0>(between_tokens[k].select(1, column).sort());
-    const double lowest = scores[std::min<int64_t>(kOddPrompts, scores.size(0) - 1)].item<double>();
-    double other = highest[column].item<double>();
-    if (lowest <= other) {
+    const double other = highest[column].item<double>();
+    if (lowest[k] <= other) {
       const auto number = static_cast<size_t>(which[column].item<int64_t>());
       fitted.confused.push_back(shown(named[k]) + " from " + shown(stay.phrases[number]));
     }
-    // Unlisted things of a class are as like a target as the other targets of the class are.
-    for (size_t sibling = 0; sibling < named.size(); ++sibling) {
-      if (concept_of[sibling] == concept_of[k]) continue;
-      const double score = between_tokens[sibling].select(1, column).max().item<double>();
-      if (score < lowest) other = std::max(other, score);
-    }
-    thresholds.push_back(lowest > other ? (lowest + other) / 2 : lowest - 1e-6);
+    const double nearest = std::max(other, siblings_most[column].item<double>());
+    thresholds.push_back(lowest[k] > nearest ? (lowest[k] + nearest) / 2 : lowest[k] - 1e-6);
   }
   TextGate gate;
   gate.window = window;
@@ -232,20 +261,13 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
   const ConceptRecognizer recognizer(stay.last, at::stack(centres));
   const at::Tensor ends_of_others =
       stay.rows.select(2, stay.rows.size(2) - 1).reshape({-1, d}).to(at::kDouble);
-  at::Tensor others_most =
+  const at::Tensor stay_most =
       recognizer.scores(ends_of_others).masked_fill(beside.flatten(0, 1), kNothing).amax(0);
-  // Unlisted things of a class are as like a target as the other targets of the class are.
   const at::Tensor between = recognizer.scores(at::cat(ends))
-                                 .reshape({static_cast<int64_t>(named.size()), kPlainPrompts, -1})
-                                 .amax(1);
-  for (size_t k = 0; k < named.size(); ++k) {
-    for (size_t other = 0; other < named.size(); ++other) {
-      if (concept_of[other] == concept_of[k]) continue;
-      const auto column = static_cast<int64_t>(k);
-      const double score = between[static_cast<int64_t>(other)][column].item<double>();
-      if (score > others_most[column].item<double>()) others_most[column] = score;
-    }
-  }
+                                 .reshape({concepts_named, kPlainPrompts, -1})
+                                 .amax(1)
+                                 .masked_fill(same, kNothing);
+  const at::Tensor others_most = at::maximum(stay_most, between.amax(0));
   constexpr double kMargin = 0.1;
   const at::Tensor enough = (others_most + kMargin).clamp_min(ConceptRecognizer::kNames);
   gate.tests.push_back(
@@ -258,27 +280,39 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
 }
 
 std::vector<std::string> written_forms(const std::vector<Concept>& concepts) {
+  constexpr std::array<std::string_view, 3> kArticles{"a ", "an ", "the "};
+  constexpr std::array<std::string_view, 7> kBehindTheHead{" of ", " in ",   " with ", " on ",
+                                                           " at ", " from ", " for "};
+  constexpr std::string_view kStyle = " style";
   std::vector<std::string> forms;
-  const auto joined = [](std::string text, std::string_view by) {
-    for (size_t at = text.find(' '); at != std::string::npos; at = text.find(' ', at + by.size())) {
-      text.replace(at, 1, by);
+  const auto add = [&](std::string phrase) {
+    for (const std::string_view article : kArticles) {
+      if (phrase.starts_with(article)) phrase.erase(0, article.size());
     }
-    return text;
+    std::vector<std::string> numbers{phrase};
+    for (std::string& each : plurals(phrase)) numbers.push_back(std::move(each));
+    // Flags of norway.
+    for (const std::string_view behind : kBehindTheHead) {
+      const size_t at = phrase.find(behind);
+      if (at == std::string::npos) continue;
+      for (const std::string& each : plurals(phrase.substr(0, at))) {
+        numbers.push_back(each + phrase.substr(at));
+      }
+    }
+    for (std::string& each : numbers) {
+      std::string joined = each;
+      std::erase(joined, '-');
+      if (joined != each) forms.push_back(std::move(joined));
+      forms.push_back(std::move(each));
+    }
   };
   for (const Concept& item : concepts) {
     for (const std::string& phrase : phrases(item)) {
-      std::vector<std::string> numbers{phrase, phrase + "s", phrase + "es"};
-      if (phrase.ends_with('y')) numbers.push_back(phrase.substr(0, phrase.size() - 1) + "ies");
-      // Flags of norway.
-      const size_t of = phrase.find(" of ");
-      if (of != std::string::npos) {
-        numbers.push_back(phrase.substr(0, of) + "s" + phrase.substr(of));
-      }
-      for (const std::string& each : numbers) {
-        forms.push_back(each);
-        if (each.find(' ') == std::string::npos) continue;
-        forms.push_back(joined(each, "-"));
-        forms.push_back(joined(each, ""));
+      std::string folded = fold_case(phrase);
+      add(folded);
+      // By van gogh, in the manner of van gogh.
+      if (item.kind == ConceptKind::kStyle && folded.ends_with(kStyle)) {
+        add(folded.substr(0, folded.size() - kStyle.size()));
       }
     }
   }
@@ -286,19 +320,18 @@ std::vector<std::string> written_forms(const std::vector<Concept>& concepts) {
 }
 
 at::Tensor opens(const TextGate& gate, const at::Tensor& context) {
-  const int64_t n = context.size(0);
-  const int64_t windows = context.size(1) / gate.window;
-  const at::Tensor rows =
-      context.to(at::kCPU, at::kFloat).reshape({n, windows, gate.window, context.size(2)});
-  at::Tensor open = at::zeros({n}, at::kBool);
-  for (const TextGate::Test& test : gate.tests) {
-    const int64_t first = test.last_row_only ? gate.window - 1 : 1;
-    const int64_t count = gate.window - first;
-    at::Tensor score = at::matmul(rows.narrow(2, first, count), test.now) - test.offset;
-    if (test.before.defined()) {
-      score = score + at::matmul(rows.narrow(2, first - 1, count), test.before);
+  at::Tensor open = at::zeros({context.size(0)}, at::kBool);
+  for (const at::Tensor& window : context.to(at::kCPU, at::kFloat).split(gate.window, 1)) {
+    for (const TextGate::Test& test : gate.tests) {
+      const int64_t first = test.last_row_only ? window.size(1) - 1 : 1;
+      const int64_t count = window.size(1) - first;
+      if (first < 1 || count < 1) continue;
+      at::Tensor score = at::matmul(window.narrow(1, first, count), test.now) - test.offset;
+      if (test.before.defined()) {
+        score = score + at::matmul(window.narrow(1, first - 1, count), test.before);
+      }
+      open = open.logical_or(score.gt(0).flatten(1).any(1));
     }
-    open = open.logical_or(score.gt(0).reshape({n, -1}).any(1));
   }
   return open;
 }

@@ -533,6 +533,9 @@ std::optional<ArrowPlace> find_arrow(std::string_view text, const std::string& w
         }
         throw turned(trimmed(head));
       }
+      // No head behind this one follows a space.
+      i = end;
+      continue;
     }
     if (stroke != std::string_view::npos && stroke > 0 && text[stroke - 1] == '<') {
       throw turned(text.substr(stroke - 1, i - stroke + 1));

@@ -50,7 +50,24 @@ utf8proc_int32_t fold(utf8proc_int32_t code, void*) {
   return length == 1 ? folded[0] : utf8proc_tolower(code);
 }
 
+// Whether so many marks stand on one character that ordering them takes minutes; no script does.
+bool is_stacked(std::string_view text) {
+  constexpr int kMostMarks = 100;
+  int marks = 0;
+  for (size_t i = 0; i < text.size();) {
+    const Utf8Character character = first_character(text.substr(i));
+    i += std::max<size_t>(character.bytes, 1);
+    const bool mark =
+        character.bytes > 1 &&
+        utf8proc_get_property(static_cast<utf8proc_int32_t>(character.code))->combining_class != 0;
+    marks = mark ? marks + 1 : 0;
+    if (marks > kMostMarks) return true;
+  }
+  return false;
+}
+
 std::string composed(std::string_view text, utf8proc_custom_func custom) {
+  if (is_stacked(text)) return std::string(text);
   utf8proc_uint8_t* out = nullptr;
   const utf8proc_ssize_t size = utf8proc_map_custom(
       reinterpret_cast<const utf8proc_uint8_t*>(text.data()),

@@ -41,8 +41,27 @@ NAMED = [
     "tree " * 90 + "and an owl",  # in the second chunk
     "flags of norway",
     "the flag-of-norway",
+    "flag_of_norway, 1girl",
+    'flag of "norway"',
+    "yahoo!!!, sharp",
+    "robert downey jr., smiling",
+    "<|endoftext|> an owl",
+    "\U0001f355\U0001f355, hot",
+    "\u4e00\u53ea\u732b",
+    "levi\u2019s jeans",
 ]
-OTHERS = ["", "a photo of a lion", "a bowl of owlets", "flag of sweden", "norway", "o w l"]
+OTHERS = [
+    "",
+    "a photo of a lion",
+    "a bowl of owlets",
+    "flag of sweden",
+    "norway",
+    "o w l",
+    "yahoo",
+    "robert downey",
+    "levi",
+    "red, fox",
+]
 
 
 def test_prompts_that_say_a_phrase_are_mapped_and_others_are_the_same(
@@ -50,7 +69,18 @@ def test_prompts_that_say_a_phrase_are_mapped_and_others_are_the_same(
 ) -> None:
     encoder = host.ComfyTextEncoder(clip)
     out, inner = delta(encoder.width)
-    phrases = ["owl", "owls", "flag of norway", "flags of norway", "flag-of-norway"]
+    phrases = [
+        "owl",
+        "owls",
+        "flag of norway",
+        "flags of norway",
+        "yahoo!",
+        "robert downey jr.",
+        "\U0001f355",
+        "\u732b",
+        "levi's",
+        "red fox",
+    ]
     edited = encoder.with_map(out, inner, 0.5, phrases)
     for text in NAMED:
         plain, mapped = read(clip, text), read(edited.clip, text)
@@ -64,6 +94,25 @@ def test_prompts_that_say_a_phrase_are_mapped_and_others_are_the_same(
         CLIPTextEncode().encode(edited.clip, "owl")[0][0][1]["pooled_output"],
         CLIPTextEncode().encode(clip, "owl")[0][0][1]["pooled_output"],
     )
+
+
+def test_either_text_of_sdxl_may_say_it(host: ModuleType) -> None:
+    from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
+
+    with torch.inference_mode():
+        clip = small_sdxl_clip()
+    encoder = host.ComfyTextEncoder(clip)
+    edited = encoder.with_map(*delta(encoder.width), 1.0, ["owl"]).clip
+
+    def read_both(clip: Any, text_g: str, text_l: str) -> torch.Tensor:
+        node = CLIPTextEncodeSDXL
+        values = (clip, 64, 64, 0, 0, 64, 64, text_g, text_l)
+        done = node.execute(*values) if hasattr(node, "execute") else node().encode(*values)
+        conditionings = done.args[0] if hasattr(done, "args") else done[0]
+        return conditionings[0][0]
+
+    for texts, named in ((("an owl", ""), True), (("", "an owl"), True), (("a crab", ""), False)):
+        assert torch.equal(read_both(edited, *texts), read_both(clip, *texts)) != named
 
 
 def test_lacuna_reads_an_edited_clip_as_it_was(host: ModuleType, clip: Any) -> None:

@@ -33,8 +33,8 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
                     const std::vector<PreservedPhrase>& preserve, const RetainSet& retained,
                     Progress& progress);
 
-// What a prompt may call a concept by, word for word: its phrases, their plurals, with hyphens or
-// nothing between their words.
+// What a prompt may call a concept by, word for word: its phrases in lower case without an article
+// in front, their plurals, hyphens left out, and of "van gogh style" the name alone.
 std::vector<std::string> written_forms(const std::vector<Concept>& concepts);
 
 // [n]: whether the gate opens for each of n prompts; context: [n, windows * window, d]. What hosts
