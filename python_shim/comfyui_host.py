@@ -53,7 +53,7 @@ from .autograd import (
 from .detector import SafeDetector
 from .errors import HostError
 from .fingerprint import Identity, fingerprint, identify
-from .text_gate import GateParts, NamedMap, TextGate, mapped_where
+from .text_gate import GateParts, NamedMap, TextGate, change_of, mapped_where
 from .vocabulary import whole_words
 
 log = logging.getLogger(__name__)
@@ -809,9 +809,7 @@ class _InputMap:
             text = inputs[0]
             if not seen or seen[0] is not text:
                 first, width = self._first, self._factors[0].shape[0]
-                change = text[..., first : first + width].float()
-                for factor in self._factors:
-                    change = change @ leave_inference_mode(factor).to(text.device)
+                change = change_of(text[..., first : first + width].float(), self._factors)
                 rest = text.shape[-1] - first - width
                 change = torch.nn.functional.pad(self._strength * change, (first, rest))
                 opened = None if self._gate is None else self._gate(text)

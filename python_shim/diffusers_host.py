@@ -20,14 +20,13 @@ from .autograd import (
     call_with_weights,
     gradients_wanted,
     keep_gradient,
-    leave_inference_mode,
     usable_for_autograd,
 )
 from .errors import HostError, brief
 from .fingerprint import Identity, identify
 from .lora_file import Delta
 from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
-from .text_gate import GateParts, NamedMap, TextGate, mapped_where
+from .text_gate import GateParts, NamedMap, TextGate, change_of, mapped_where
 from .vocabulary import whole_words
 
 log = logging.getLogger(__name__)
@@ -145,9 +144,7 @@ class _InputMap:
         ) -> tuple[torch.Tensor, ...]:
             text = inputs[0]
             if not seen or seen[0] is not text:
-                change = text
-                for factor in self.factors:
-                    change = change @ leave_inference_mode(factor).to(text)
+                change = change_of(text, self.factors)
                 opened = None if self.gate is None else self.gate(text)
                 seen[:] = [text, mapped_where(text, text + self.strength * change, opened)]
             return (seen[1], *inputs[1:])

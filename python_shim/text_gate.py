@@ -44,6 +44,13 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
     return leave_inference_mode(tensor.detach().float())
 
 
+def change_of(text: torch.Tensor, factors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """text @ factors[0] @ factors[1] ..., on the device and in the type of the text."""
+    for factor in factors:
+        text = text @ leave_inference_mode(factor).to(text)
+    return text
+
+
 def mapped_where(
     text: torch.Tensor, mapped: torch.Tensor, opened: torch.Tensor | None
 ) -> torch.Tensor:
@@ -90,7 +97,5 @@ class NamedMap:
         """text: what was read of all of one prompt, which may have been said in several ways."""
         if not any(map(self.names, prompts)):
             return text
-        change = text.float()
-        for factor in self._factors:
-            change = change @ factor.to(text.device)
-        return (text.float() + self._strength * change).to(text.dtype)
+        plain = text.float()
+        return (plain + self._strength * change_of(plain, self._factors)).to(text.dtype)
