@@ -22,6 +22,7 @@ import captions  # noqa: E402
 import corpus as corpus_module  # noqa: E402
 import export  # noqa: E402
 import networks  # noqa: E402
+import peers  # noqa: E402
 import score  # noqa: E402
 import stage_decoder  # noqa: E402
 import train  # noqa: E402
@@ -328,6 +329,20 @@ def test_the_protocol_never_lists_what_it_measures_as_unlisted() -> None:
     assert not templates & set(captions.TEMPLATES)
 
 
+def test_nothing_is_listed_where_a_task_says_so() -> None:
+    """Every widget stays at its default, and unlisted synonyms are asked for."""
+    tasks = score.read_protocol()["tasks"]
+    for count in (1, 5, 10):
+        task = tasks[f"nothing{count}"]
+        assert len(task["targets"]) == count and not any(task["targets"].values())
+        assert set(score.concept_set_inputs(task)) == {"concepts", "kind", "preserve"}
+        assert not task["preserve"] and not task["prior"]
+        assert task["refinement"] == task["fusion"] == {}
+        assert not task["lists"]["preserved"]["names"]
+    unlisted = tasks["nothing10"]["lists"]["synonyms"]["names"]
+    assert set(unlisted.values()) == set(tasks["nothing10"]["targets"])
+
+
 def test_trials() -> None:
     entry = {"head": "object", "names": {"puppy": "dog", "owl": "owl"}, "images": 2}
     trials = score.list_trials(entry, ["a photo of {}", "{} in a picture"])
@@ -338,6 +353,17 @@ def test_trials() -> None:
     style = {"head": "style", "names": {"noto": "noto"}, "phrase": "by {}", "on": ["owl"]}
     trials = score.list_trials({**style, "images": 1}, ["a photo of {}"])
     assert [t.prompt for t in trials] == ["a photo of an owl by noto"]
+
+
+def test_every_seed_draws_other_pictures(demo) -> None:
+    model, clip, vae = demo
+    sampling = {
+        "sampler": "euler", "scheduler": "normal", "steps": 1, "cfg": 4.0, "size": 64,
+        "seed": 1, "batch": 8,
+    }  # fmt: skip
+    studio = score.Studio(clip, vae, Evaluator.load(), sampling)
+    standard, one, two = (studio.draw(model, ["an owl"], seed=seed) for seed in (None, 1, 2))
+    assert torch.equal(standard, one) and not torch.equal(one, two)
 
 
 def test_results_are_merged(tmp_path: Path) -> None:
@@ -409,6 +435,10 @@ def test_scoring_methods_and_a_workflow(trained: Path, tmp_path: Path, capsys) -
     file.write_text(json.dumps(protocol), encoding="utf-8")
     common = ["--protocol", str(file), "--assets", str(trained / "assets"), "--out", str(tmp_path)]
     assert score.main([*common, "--method", *score.METHODS]) == 0
+    once = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
+    assert once["protocol"]["seeds"] == [1]
+    seeded = [*common, "--out", str(tmp_path / "seeds"), "--method", "none", "--seeds"]
+    assert score.main([*seeded, "2"]) == score.main([*seeded, "1", "2"]) == 0
     bundles = sorted(path.name for path in (tmp_path / "quality" / "bundles").glob("*/*"))
     assert bundles == [
         f"tiny_{method}_00001_.safetensors" for method in ("cached", "full", "naive_lora_sum")
@@ -453,6 +483,162 @@ def test_an_unknown_method_needs_a_file(capsys) -> None:
     with pytest.raises(SystemExit):
         score.main(["--method", "magic"])
     assert (
-        "none, mace, uce, full, cached, naive_lora_sum, uce+retain and uce+retain+gate run"
-        in capsys.readouterr().err
+        "none, mace, uce, full, cached, naive_lora_sum, speed, orthogonal, rece, ucerepo, adavd, "
+        "uce+retain and uce+retain+gate run" in capsys.readouterr().err
     )
+
+
+# --------------------------------------------------------------------------- peers
+
+
+@pytest.fixture
+def columns():
+    """Random float64 matrices, always the same in one test."""
+    generator = torch.Generator().manual_seed(7)
+    return lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def test_uce_is_the_direct_least_squares_solution(columns) -> None:
+    weight, targets, anchors, retained = (
+        columns(6, 12), columns(12, 3), columns(12, 3), columns(12, 4)
+    )  # fmt: skip
+    change = peers.least_squares_change(weight, targets, anchors, retained, 2.0, 0.5)
+    rows = [targets.T, 2.0**0.5 * retained.T, 0.5**0.5 * torch.eye(12).double()]
+    wanted = torch.zeros(12 + 3 + 4, 6, dtype=torch.float64)
+    wanted[:3] = (weight @ (anchors - targets)).T
+    direct = torch.linalg.lstsq(torch.cat(rows), wanted).solution.T
+    assert torch.allclose(change, direct, atol=1e-12)
+
+
+def test_rece_finds_what_brings_a_concept_back_and_closes_it(columns) -> None:
+    original = [columns(6, 12), columns(8, 12)]
+    targets, anchors, nothing = columns(12, 1), columns(12, 1), torch.zeros(12, 0).double()
+
+    def erased(weights: list[torch.Tensor], found: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            w + peers.least_squares_change(w, found, anchors, nothing, 0.1, 0.1) for w in weights
+        ]
+
+    def loss(weights: list[torch.Tensor], found: torch.Tensor) -> float:
+        pairs = zip(weights, original, strict=True)
+        return float(sum((new @ found - old @ targets).square().sum() for new, old in pairs))
+
+    once = erased(original, targets)
+    found = peers.adversarial_embeddings(once, original, targets, 1e-3)
+    assert loss(once, found) < 0.1 * loss(once, targets)
+    regular = 1e-3 * found.square().sum()
+    for step in 0.01 * columns(5, 12, 1):  # the minimum of the regularized loss
+        moved = found + step
+        assert loss(once, moved) + 1e-3 * moved.square().sum() > loss(once, found) + regular
+    twice = erased(once, found)
+    assert loss(twice, found) > 5 * loss(once, found)
+    again = peers.adversarial_embeddings(twice, original, targets, 1e-3)
+    assert again.norm() > found.norm()  # harder to bring back
+
+
+def test_speed_leaves_the_retained_and_the_invariant_alone(columns) -> None:
+    weight, targets, anchors = columns(6, 16), columns(16, 2), columns(16, 2)
+    retained, invariant = columns(16, 5), columns(16, 2)
+    change = peers.null_space_change(weight, targets, anchors, retained, invariant, 1e-6, 0.05)
+    assert (change @ retained).norm() < 1e-9 and (change @ invariant).norm() < 1e-9
+    assert change.norm() > 0.1
+    # The paper's closed form, P Q M.
+    basis = peers.null_space(retained, 1e-6)
+    null = basis @ basis.T
+    middle = torch.linalg.inv(targets @ targets.T @ null + 0.05 * torch.eye(16).double())
+    bound = invariant.T @ null
+    lagrange = middle @ invariant @ torch.linalg.inv(bound @ middle @ invariant) @ bound
+    known = weight @ (anchors - targets) @ targets.T @ null
+    known = known @ (torch.eye(16).double() - lagrange) @ middle
+    assert torch.allclose(change, known, atol=1e-9)
+
+    nearly = peers.null_space_change(
+        weight, targets, anchors, retained[:, :0], invariant[:, :0], 1e-6, 1e-9
+    )
+    assert torch.allclose((weight + nearly) @ targets, weight @ anchors, atol=1e-6)
+
+
+def test_speed_keeps_what_an_erasure_shifts_and_augments_it(columns) -> None:
+    weight, targets, anchors = columns(6, 16), columns(16, 1), columns(16, 1)
+    near = targets + 0.1 * columns(16, 2)
+    far = columns(16, 3)
+    far -= targets * (targets.T @ far) / targets.square().sum()
+    retained = torch.cat([near, far], 1)
+    assert torch.equal(peers.most_shifted(weight, targets, anchors, retained), near)
+    more = peers.augmented(weight, near, copies=3)
+    assert more.shape == (16, 8) and torch.equal(more[:, :2], near)
+    moved = more[:, 2:] - near.repeat(1, 3)
+    least = torch.linalg.svdvals(weight).min()
+    assert torch.allclose((weight @ moved).norm(dim=0), least * moved.norm(dim=0))
+
+
+def test_oce_turns_values_and_turns_no_more_than_procrustes_asks(columns) -> None:
+    weight, targets, anchors, kept = columns(6, 12), columns(12, 2), columns(12, 1), columns(12, 20)
+    moment = kept @ kept.T
+    turn = peers.rotation(weight, targets, anchors, moment, 50.0)
+    identity = torch.eye(6).double()
+    assert torch.allclose(turn @ turn.T, identity, atol=1e-10)
+    assert torch.allclose(peers.rotation(weight, targets, anchors, moment, 0.0), identity)
+
+    def score_of(candidate: torch.Tensor) -> torch.Tensor:
+        target, anchor = (peers.orthonormal(weight @ part) for part in (targets, anchors))
+        target, anchor = target @ target.T, anchor @ anchor.T
+        away = (candidate @ target - identity + anchor).square().sum()
+        stays = ((candidate - identity) @ weight @ kept).square().sum()
+        return 50.0 * away - stays
+
+    others = [torch.linalg.qr(turn + step).Q for step in (identity, *columns(5, 6, 6))]
+    assert all(score_of(turn) >= score_of(other) for other in [identity, *others])
+
+
+def test_adavd_takes_the_targets_from_tokens_that_are_like_them(columns) -> None:
+    targets = columns(2, 8)
+    basis = peers.orthonormal(targets.T)
+    across = columns(3, 5, 8)
+    across -= across @ basis @ basis.T
+    assert torch.equal(peers.value_eraser(targets)(across), across)
+    weak = (across + 0.1 * targets[0]).float()  # far below the threshold
+    assert torch.equal(peers.value_eraser(targets)(weak), weak)
+
+    same = targets[:1].expand(1, 3, 8)
+    erased = peers.value_eraser(targets)(same)
+    shift = 2 / (1 + torch.tensor(-100 * (1 - 0.93)).double().exp())
+    assert torch.equal(erased[:, 0], same[:, 0])  # the start token
+    assert torch.allclose(erased[:, 1:], (1 - shift) * same[:, 1:])
+
+
+def test_peers_read_text_where_their_authors_read_it(demo) -> None:
+    _, clip, _ = demo
+    rows = clip.encode(["flag of peru", "star"]).double()
+    assert torch.equal(peers.last_tokens(clip, ["flag of peru", "star"]).T[0], rows[0, 3])
+    assert torch.equal(peers.last_tokens(clip, ["star"])[:, 0], clip.encode(["star"])[0, 1])
+    assert peers.last_tokens(clip, []).shape == (768, 0)
+    targets, anchors = peers.tails(clip, ["flag of peru"], ["star"])
+    assert targets.shape == anchors.shape == (768, 74)
+    assert torch.allclose(targets.T, rows[0, 3:]) and torch.allclose(anchors.T, rows[1, 1:75])
+    assert peers.tails(clip, [], [])[0].shape == (768, 0)
+    assert torch.equal(peers.invariant_text(clip)[:, 0], clip.encode([""])[0, 0].double())
+    task = score.read_protocol()["tasks"]["objects"]
+    concepts = peers.concepts_of(task)
+    assert concepts.count == 10 and len(concepts.targets) == len(concepts.anchors) == 20
+    assert "puppy" in concepts.targets and concepts.retained == task["preserve"] + task["prior"]
+
+
+@pytest.mark.parametrize("method", score.PEERS)
+def test_peers_change_prompts_of_the_concept_more(demo, method: str) -> None:
+    """With nothing else listed; the first step of a picture tells."""
+    model, clip, _ = demo
+    task = {"kind": "object", "anchor": "star", "targets": {"dog": []}, "preserve": [], "prior": []}
+    edited = peers.edit(method, model, clip, task)
+
+    def denoised(view, prompt: str) -> torch.Tensor:
+        noisy = 14.0 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+        return view.denoise(noisy, torch.tensor([14.0]), clip.encode([prompt]), None, None, False)
+
+    dog, apple = (
+        (denoised(edited, prompt) - denoised(model, prompt)).norm() for prompt in ("dog", "apple")
+    )
+    assert dog > 1.2 * apple
+    if method == "adavd":
+        assert apple == (denoised(edited, "") - denoised(model, "")).norm() == 0
+        assert (denoised(edited, "dog") - denoised(model, "dog")).norm() == dog  # hooks are gone

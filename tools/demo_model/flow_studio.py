@@ -45,9 +45,12 @@ class FlowStudio(Studio):
         self._latent_std = load_latent_space(options)[1]
 
     @torch.no_grad()
-    def draw(self, model: Any, prompts: Sequence[str], clip: Any = None) -> torch.Tensor:
+    def draw(
+        self, model: Any, prompts: Sequence[str], clip: Any = None, seed: int | None = None
+    ) -> torch.Tensor:
         """Pictures [n, 64, 64, 3] of the prompts; `model` and `clip` are not asked."""
         s = self._sampling
+        first = s["seed"] if seed is None else seed
         images = []
         for start in range(0, len(prompts), s["batch"]):
             part = [*prompts[start : start + s["batch"]], ""]
@@ -55,7 +58,7 @@ class FlowStudio(Studio):
             hidden, pooled = self._text.conditioning(self._text.rows(part))
             rows = torch.tensor([*range(count), *[count] * count])
             shape = (count, FLOW_COPIES * LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
-            generator = torch.Generator().manual_seed(s["seed"] + start)
+            generator = torch.Generator().manual_seed(first + start)
             latent = torch.randn(shape, generator=generator)
             sigmas = shifted_sigmas(s["steps"]).tolist()
             for sigma, following in pairwise(sigmas):

@@ -2,6 +2,7 @@
 """Score an edit of the demo model by the fixed protocol (protocol.json).
 
 python tools/demo_model/score.py --task objects --method none mace uce full cached naive_lora_sum
+python tools/demo_model/score.py --task individuals10 --method speed orthogonal rece ucerepo adavd
 python tools/demo_model/score.py --task individuals --method my_lora --lora FILE.safetensors
 python tools/demo_model/score.py --task weapons --method my_graph --workflow GRAPH.json
 python tools/demo_model/score.py gates
@@ -9,15 +10,17 @@ python tools/demo_model/score.py gates --transformer   of the demo transformer
 python tools/demo_model/score.py table         build/quality.json as Markdown
 
 `none`, the closed forms `mace` and `uce` (with +retain, +gate: retain set, acting on prompts that
-name a concept only), and the trained methods run here: `full` and `cached`
+name a concept only), the peers of peers.py, and the trained methods run here: `full` and `cached`
 (uce, LoRA Erase with that gradient, LoRA Fuse) and `naive_lora_sum` (mace, and the plain sum of the
 LoRAs that `full` trains on top of it). Trained concepts are kept in build/quality/bundles and
 trained again only when an option or the model changed. Any other method name labels what
 --checkpoint, --lora, --patch or --workflow bring. Lists: erased and synonyms count pictures in
 which the evaluator does NOT name the erased concept; preserved (listed for the method), neighbours
 (similar, listed nowhere) and unrelated count pictures in which it names what the prompt says.
+With --seeds 1 2 every list is drawn once per seed and counts are added. Tasks nothing1, nothing5
+and nothing10 list nothing and leave every widget at its default: their synonyms are unlisted, too.
 Pictures come from the headless host. Results are merged into build/quality.json; one contact sheet
-per task and method lies in build/quality/.
+per task and method, of the first seed, lies in build/quality/.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ NEGATED = ("erased", "synonyms")  # a hit is that the concept is NOT seen
 CLOSED_FORMS = ("mace", "uce")
 GRADIENTS = ("full", "cached")
 NAIVE_SUM = "naive_lora_sum"
-METHODS = ("none", *CLOSED_FORMS, *GRADIENTS, NAIVE_SUM)
+PEERS = ("speed", "orthogonal", "rece", "ucerepo", "adavd")  # of peers.py
+METHODS = ("none", *CLOSED_FORMS, *GRADIENTS, NAIVE_SUM, *PEERS)
 # Behind the name of a closed form: uce+retain, uce+retain+gate
 EXTRAS = {"retain": {"retain_set": "small"}, "gate": {"where": "prompts that name it"}}
 
@@ -122,12 +126,15 @@ class Studio:
     def __init__(self, clip: Any, vae: Any, judge: Evaluator, sampling: dict[str, Any]) -> None:
         self._clip, self._vae, self._judge, self._sampling = clip, vae, judge, sampling
 
-    def draw(self, model: Any, prompts: Sequence[str], clip: Any = None) -> torch.Tensor:
+    def draw(
+        self, model: Any, prompts: Sequence[str], clip: Any = None, seed: int | None = None
+    ) -> torch.Tensor:
         """Pictures [n, 64, 64, 3] of the prompts; the n-th has the same noise for every model.
 
-        clip: an edited one, for the prompts.
+        clip: an edited one, for the prompts. seed: instead of the protocol's.
         """
         s = self._sampling
+        first = s["seed"] if seed is None else seed
         side = s["size"] // 8
         reader = clip or self._clip
         empty = self._clip.encode([""])
@@ -136,17 +143,24 @@ class Studio:
             part = list(prompts[start : start + s["batch"]])
             latent = torch.zeros(len(part), 4, side, side)
             latent = model.sample(
-                s["seed"] + start, s["steps"], s["cfg"], s["sampler"], s["scheduler"],
+                first + start, s["steps"], s["cfg"], s["sampler"], s["scheduler"],
                 reader.conditioning(part), empty, latent, 1.0, lambda done, total: None,
             )  # fmt: skip
             images.append(self._vae.decode(latent))
         return torch.cat(images)
 
-    def judge(self, model: Any, trials: list[Trial], negated: bool, clip: Any = None) -> Outcome:
+    def judge(
+        self,
+        model: Any,
+        trials: list[Trial],
+        negated: bool,
+        clip: Any = None,
+        seed: int | None = None,
+    ) -> Outcome:
         """Draw the trials and count hits."""
         if not trials:
             return Outcome([], torch.zeros(0, 64, 64, 3), [])
-        images = self.draw(model, [trial.prompt for trial in trials], clip)
+        images = self.draw(model, [trial.prompt for trial in trials], clip, seed)
         named = self._judge.named(images)
         hits = [(named[trial.head][i] == trial.name) != negated for i, trial in enumerate(trials)]
         return Outcome(trials, images, hits)
@@ -159,7 +173,8 @@ def concept_set_inputs(task: dict[str, Any]) -> dict[str, Any]:
     """The widgets of Concept Set for a task.
 
     `prior` names objects that no list asks for: they stand in for the general prior, whose captions
-    are made of words that the demo model does not know.
+    are made of words that the demo model does not know. What a task leaves out stays at the
+    widget's default.
     """
     lines = [
         f"{target} -> {task['anchor']}" + (f" | {', '.join(synonyms)}" if synonyms else "")
@@ -169,8 +184,7 @@ def concept_set_inputs(task: dict[str, Any]) -> dict[str, Any]:
         "concepts": "\n".join(lines),
         "kind": task["kind"],
         "preserve": "\n".join(task["preserve"] + task["prior"]),
-        "general_prior": task["general_prior"],
-        "templates": task["templates"],
+        **{key: task[key] for key in ("general_prior", "templates") if key in task},
     }
 
 
@@ -187,18 +201,24 @@ class Editor:
         """Model and clip after `method` for the task's concepts."""
         if method == "none":
             return self._model, self._clip
+        if method in PEERS:
+            import peers
+
+            return peers.edit(method, self._model, self._clip, task), self._clip
         concepts = self._run("LacunaConceptSet", concept_set_inputs(task))[0]
         name_of_form, *extras = method.split("+")
         if name_of_form in CLOSED_FORMS:
-            edited = self._refine(concepts, name_of_form, extras)
+            edited = self._refine(task, concepts, name_of_form, extras)
             return edited[0], edited[4]
         # uce: what attention is left at the phrase reads the anchor there, not the concept
-        refined, refinement = self._refine(concepts, "mace" if method == NAIVE_SUM else "uce")[:2]
+        form = "mace" if method == NAIVE_SUM else "uce"
+        refined, refinement = self._refine(task, concepts, form)[:2]
         loras, file = self._train(name, concepts, refinement, method)
         if method == NAIVE_SUM:
             return sum_loras(refined, file), self._clip
         inputs = {"model": self._model, "clip": self._clip, "loras": loras}
-        fused = self._run("LacunaLoRAFuse", inputs | self._protocol["fusion"])[0]
+        settings = task.get("fusion", self._protocol["fusion"])
+        fused = self._run("LacunaLoRAFuse", inputs | settings)[0]
         return fused, self._clip
 
     def _run(self, node: str, inputs: dict[str, Any]) -> list[Any]:
@@ -210,11 +230,14 @@ class Editor:
         finally:
             progress.clear()
 
-    def _refine(self, concepts: Any, method: str, extras: Sequence[str] = ()) -> list[Any]:
+    def _refine(
+        self, task: dict[str, Any], concepts: Any, method: str, extras: Sequence[str] = ()
+    ) -> list[Any]:
         inputs = {"model": self._model, "clip": self._clip, "concepts": concepts, "method": method}
         for extra in extras:
             inputs |= EXTRAS[extra]
-        return self._run("LacunaAttentionRefine", inputs | self._protocol["refinement"])
+        settings = task.get("refinement", self._protocol["refinement"])
+        return self._run("LacunaAttentionRefine", inputs | settings)
 
     def _train(self, name: str, concepts: Any, refinement: Any, method: str) -> tuple[Any, Path]:
         """LORAS of the task, and the bundle file that holds them."""
@@ -342,7 +365,7 @@ def contact_sheet(outcomes: dict[str, Outcome], title: str, columns: int = 12) -
     return sheet
 
 
-def protocol_block(sampling: dict[str, Any], device: str) -> dict[str, Any]:
+def protocol_block(sampling: dict[str, Any], seeds: Sequence[int], device: str) -> dict[str, Any]:
     """Where and how the figures were measured."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True
@@ -354,7 +377,7 @@ def protocol_block(sampling: dict[str, Any], device: str) -> dict[str, Any]:
         "commit": git.stdout.strip() or "unknown",
         "machine": machine,
         "torch": torch.__version__,
-        "seeds": [sampling["seed"]],
+        "seeds": list(seeds),
         "command": shlex.join(["python", "tools/demo_model/score.py", *sys.argv[1:]]),
         "sampling": sampling,
     }
@@ -423,6 +446,7 @@ def score(options: argparse.Namespace, studio: Studio, pack: Any, host: Any, bun
         brought = base
     editor = Editor(pack, base, clip, protocol, bundles)
     tasks = list(protocol["tasks"]) if options.task == ["all"] else options.task
+    seeds = options.seeds or [protocol["sampling"]["seed"]]
     table = {}
     for name in tasks:
         task = protocol["tasks"][name]
@@ -432,25 +456,26 @@ def score(options: argparse.Namespace, studio: Studio, pack: Any, host: Any, bun
                 editor.edit(name, task, method) if brought is None else (brought, None)
             )
             edited = time.monotonic()
-            outcomes = {
-                part: studio.judge(
-                    model,
-                    list_trials(task["lists"][part], protocol["templates"]),
-                    part in NEGATED,
-                    edited_clip,
-                )
-                for part in LISTS
+            trials = {
+                part: list_trials(task["lists"][part], protocol["templates"]) for part in LISTS
             }
-            counts = {part: [sum(o.hits), len(o.hits)] for part, o in outcomes.items()}
+            counts = {part: [0, 0] for part in LISTS}
+            shown: dict[str, Outcome] = {}
+            for seed in seeds:
+                for part in LISTS:
+                    outcome = studio.judge(model, trials[part], part in NEGATED, edited_clip, seed)
+                    counts[part][0] += sum(outcome.hits)
+                    counts[part][1] += len(outcome.hits)
+                    shown.setdefault(part, outcome)
             table[f"{name}.{method}"] = counts
             merge_results(
                 options.out / "quality.json",
                 {name: {method: counts}},
-                protocol_block(protocol["sampling"], options.device),
+                protocol_block(protocol["sampling"], seeds, options.device),
             )
             folder = options.out / "quality"
             folder.mkdir(parents=True, exist_ok=True)
-            contact_sheet(outcomes, f"{name}: {method}").save(folder / f"{name}.{method}.png")
+            contact_sheet(shown, f"{name}: {method}").save(folder / f"{name}.{method}.png")
             log.info(
                 "%s.%s: edited in %.0f s, drawn in %.0f s",
                 name, method, edited - started, time.monotonic() - edited,
@@ -503,6 +528,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task", nargs="+", default=["all"], metavar="NAME",
                         help="tasks of the protocol, or all")  # fmt: skip
     parser.add_argument("--method", nargs="+", default=["none"], metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N",
+                        help="draw every list once per seed (default: the protocol's)")  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--lora", type=Path, metavar="FILE")
     what.add_argument("--patch", type=Path, metavar="FILE", help="a lacuna.patch/1 file")
