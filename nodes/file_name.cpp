@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nodes/file_name.h"
 
+#include <algorithm>
 #include <functional>
 #include <optional>
 #include <string_view>
 
+#include "lacuna/error.h"
+#include "lacuna/files/text.h"
+
 namespace lacuna {
 namespace {
+
+constexpr std::string_view kNotInNames = "<>:\"|?*";  // Windows
 
 using Find = std::function<std::optional<std::string>(const std::string&)>;
 
@@ -68,8 +74,8 @@ std::string with_widgets(const std::string& name, const WidgetTexts& widgets) {
     if (it == widgets.end()) return std::nullopt;
     std::string text = it->second;
     for (char& c : text) {
-      if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f ||
-          std::string_view("/?<>\\:*|\"").find(c) != std::string_view::npos) {
+      if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f || c == '/' || c == '\\' ||
+          kNotInNames.find(c) != std::string_view::npos) {
         c = '_';
       }
     }
@@ -86,9 +92,45 @@ std::string with_time(const std::string& name, const std::tm& now, int64_t width
   return replace_between_percents(name, [&](const std::string& key) -> std::optional<std::string> {
     if (const auto it = known.find(key); it != known.end()) return it->second;
     constexpr std::string_view kDate = "date:";
-    if (key.starts_with(kDate)) return format_date(std::string_view(key).substr(kDate.size()), now);
-    return std::nullopt;
+    if (!key.starts_with(kDate)) return std::nullopt;
+    std::string date = format_date(std::string_view(key).substr(kDate.size()), now);
+    std::replace(date.begin(), date.end(), ':', '_');
+    return date;
   });
+}
+
+void check_file_name(const std::string& name) {
+  const auto refuse = [&](const std::string& what) {
+    throw Error("the filename prefix " + in_quotes(name, 80) + " " + what);
+  };
+  if (normalize_phrase(name).empty()) refuse("is blank; write a name, such as loras/forget");
+  for (const char c : name) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) {
+      refuse("holds a line break or another control character; remove it");
+    }
+    if (kNotInNames.find(c) != std::string_view::npos) {
+      refuse(std::string("holds '") + c + "', which Windows allows in no file name; remove it");
+    }
+  }
+  for (size_t at = 0; at < name.size();) {
+    const size_t end = std::min(name.size(), name.find_first_of("/\\", at));
+    const std::string_view part = std::string_view(name).substr(at, end - at);
+    at = end + 1;
+    if (part.empty() || part == "." || part == "..") continue;
+    // Behind the last part comes a number: a text with a full stop may be filled in there.
+    if (end < name.size() && (part.ends_with('.') || part.ends_with(' '))) {
+      refuse("has a folder that ends with a dot or a space, which Windows drops; remove it");
+    }
+    std::string device = fold_case(part.substr(0, part.find('.')));
+    device.erase(device.find_last_not_of(' ') + 1);
+    const bool port = device.size() == 4 &&
+                      (device.starts_with("com") || device.starts_with("lpt")) &&
+                      device[3] >= '0' && device[3] <= '9';
+    if (port || device == "con" || device == "prn" || device == "aux" || device == "nul") {
+      refuse("holds " + in_quotes(part) +
+             ", which Windows keeps for a device; choose another name");
+    }
+  }
 }
 
 std::tm local_time() {

@@ -19,9 +19,15 @@ using WidgetTexts = std::map<std::string, std::string>;
 std::string with_widgets(const std::string& name, const WidgetTexts& widgets);
 
 // %year% %month% %day% %hour% %minute% %second% %width% %height%, and %date:yyyy-MM-dd hh:mm:ss%
-// with any of d dd M MM h hh m mm s ss yy yyyy between. width, height: of the picture; 0: none.
+// with any of d dd M MM h hh m mm s ss yy yyyy between; ':' becomes '_'. width, height: of the
+// picture; 0: none.
 std::string with_time(const std::string& name, const std::tm& now, int64_t width = 0,
                       int64_t height = 0);
+
+// Throws Error that names the filename prefix: blank, control characters, and what Windows refuses
+// (<>:"|?*, a dot or a space behind a folder, CON and the other devices), so that what is saved on
+// one system can be copied to every other.
+void check_file_name(const std::string& name);
 
 std::tm local_time();
 

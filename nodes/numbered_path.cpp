@@ -22,6 +22,7 @@ std::string stem_within(const std::string& folder, const std::string& name,
     throw Error("the filename prefix is empty; write a name, such as loras/forget");
   }
   std::string stem = path_within(folder, name);
+  check_file_name(name);
   const fs::path relative = fs::path(name).lexically_normal();
   if (relative == ".") {
     throw Error("the filename prefix '" + shown_path(name) +

@@ -210,6 +210,10 @@ def _print_results(results: dict[str, dict[str, list[str]]], stream: TextIO) -> 
 
 def _evaluate(options: argparse.Namespace) -> int:
     """Base and edited model side by side: report.html, report.json and the sheet as pictures."""
+    if options.edited and options.strength is not None:
+        raise HostError(
+            "--strength scales the LoRA of --lora, and --edited is a whole model; leave it out."
+        )
     concept_text = read_text(options.concepts)
     prompt_file = Path(options.prompt_file)
     from . import loader
@@ -238,7 +242,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     edited_host = None if options.lora else DiffusersHost(options.edited, device=options.device)
     base, clip, vae = base_host.load_checkpoint("")
     if edited_host is None:
-        edited = base_host.load_lora(base, options.lora.name, options.strength)
+        strength = 1.0 if options.strength is None else options.strength
+        edited = base_host.load_lora(base, options.lora.name, strength)
     else:
         edited = edited_host.load_checkpoint("")[0]
     links = {
@@ -368,7 +373,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--lora", type=Path, metavar="FILE", help="the edit as a LoRA file")
     edit.add_argument("--edited", type=Path, metavar="PATH", help="the model after the edit")
     evaluate.add_argument(
-        "--strength", type=_finite, default=1.0, metavar="NUMBER", help="of --lora (1)"
+        "--strength", type=_finite, metavar="NUMBER", help="of --lora (1); not with --edited"
     )
     evaluate.add_argument(
         "--concepts", type=Path, required=True, metavar="FILE",

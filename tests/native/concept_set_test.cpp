@@ -60,7 +60,10 @@ TEST(Text, MessagesCanBeShown) {
   for (int i = 0; i < 200; ++i) cjk += "猫";
   EXPECT_EQ(in_quotes("owl"), "'owl'");
   EXPECT_EQ(in_quotes(cjk, 3), "'猫猫猫...'");
-  EXPECT_EQ(in_quotes("a\xff\x01"), "'a\uFFFD '");
+  EXPECT_EQ(in_quotes("a\xff\x01"), "'a\uFFFD\\u0001'");
+  EXPECT_EQ(in_quotes("a\nb\r\tc\x7f\u2028\u202e\u200bd"),
+            "'a\\nb\\r\\tc\\u007f\\u2028\\u202e\\u200bd'");
+  EXPECT_EQ(in_quotes("👩\u200d🚀 é\n", 4), "'👩\u200d🚀 ...'");
   for (const std::string& text : {cjk, std::string("a\xe7\x8c"), std::string(1'000'000, 'x'),
                                   std::string(10'000, '\xe7'), std::string("a\0b", 3)}) {
     const std::string message = Error("cannot read " + text + "; do this").what();
@@ -147,7 +150,7 @@ TEST(PastedLists, WhatCanMeanOneThingIsReadAndTold) {
       {"hamburger==>apple", "hamburger>apple", "'==>' read"},
       {"hamburger —> apple", "hamburger>apple", "read as '->'"},
       {"hamburger －＞ apple", "hamburger>apple", "read as '->'"},
-      {"hamburger -&gt; apple", "hamburger>apple", "'-&gt;' read"},
+      {"hamburger -&gt; apple", "hamburger>apple", "web pages"},
       {"hamburger ⟶ apple", "hamburger>apple", "read as '->'"},
       {"dog ｜ puppy， hound、pup; whelp", "dog|puppy|hound|pup|whelp", "'｜' read as '|'"},
       {"- owl\n* cat\n• dog\n–  cow\n•hen\n- [ ] pig\n> emu",
@@ -174,6 +177,30 @@ TEST(PastedLists, WhatCanMeanOneThingIsReadAndTold) {
        "\"owl\"}]}\n```",
        "owl", "fence"},
       {"e\u0301clair", "\u00e9clair", ""},
+      {"1 owl\n2 barn owl\n3 cat", "owl / barn owl / cat",
+       "Lines 1, 2, 3: numbers of lines left out."},
+      {"a. owl\nb. cat -> dog", "owl / cat>dog", "numbers of lines"},
+      {"a) owl\nb) cat\nc) cow", "owl / cat / cow", "numbers of lines"},
+      {"(a) owl\n(b) cat", "owl / cat", "numbers of lines"},
+      {"A. owl\nB. cat\nC. cow", "owl / cat / cow", "numbers of lines"},
+      {"i. owl\nii. cat\niii. cow", "owl / cat / cow", "numbers of lines"},
+      {"[1] owl\n[2] cat", "owl / cat", "numbers of lines"},
+      {"1: owl\n2: cat", "owl / cat", "numbers of lines"},
+      {"1 - owl\n2 - cat", "owl / cat", "numbers of lines"},
+      {"①owl\n② cat", "owl / cat", "bullets left out"},
+      {"❶ owl", "owl", "bullets left out"},
+      {"1\uFE0F\u20E3 owl\n2\uFE0F\u20E3 cat", "owl / cat", "bullets left out"},
+      {"• owl\n🔹 cat", "owl / cat", "bullets left out"},
+      {"[\"1 owl\", \"2 cat\"]", "owl / cat", "Concepts 1, 2: numbers"},
+      {"&quot;owl&quot;", "owl", "signs of web pages"},
+      {"Q&amp;A\nthat&#39;s it\nthat&#x27;s all", "Q&A / that's it / that's all",
+       "Lines 1, 2, 3: signs of web pages"},
+      {"&nbsp;owl&nbsp;barn &rarr; cat", "owl barn>cat", "web pages"},
+      {"&amp;quot;owl&amp;quot;", "owl", "web pages"},
+      {"[\"&quot;owl&quot;\"]", "owl", "Concept 1: signs of web pages"},
+      {"[{\"target\": \"- &quot;owl&quot;,\", \"synonyms\": [\"uhu\"]}]", "owl|uhu",
+       "Concept 1: quotes left out."},
+      {"\"owl - star\"\n'x: y'", "owl - star / x: y", "quotes left out"},
   };
   for (const auto& item : cases) {
     EXPECT_EQ(read(item.pasted), item.read) << item.pasted;
@@ -196,7 +223,6 @@ TEST(PastedLists, PhrasesThatOnlyLookLikeListsStay) {
                              "'n sync",
                              "caf\u00e9 \"bar\"",
                              "\"heroes\" album",
-                             "steins;gate",
                              "<3",
                              "<sks>",
                              "mercury (planet)",
@@ -224,6 +250,106 @@ TEST(PastedLists, GuessesAreDoubts) {
   doubt("1. FC Union", "1. FC Union", "with its number");
   doubt("(owl)", "(owl)", "parentheses");
   doubt("owl\ttree", "owl tree", "a tab inside");
+  for (const char* pair : {"owl = star", "owl - star", "owl – star", "owl -- star", "owl: star",
+                           "owl : star", "owl： star", "owl;star"}) {
+    doubt(pair, pair, "write owl -> star if the second is what to draw instead");
+  }
+  for (const char* name : {"steins;gate", "spider-man: homecoming", "CSI: Miami", "a / b"}) {
+    doubt(name, name, "is read as one phrase");
+  }
+  doubt("owl;star\ncat;dog", "owl;star / cat;dog", "Check line 2: 'cat;dog'");
+  doubt("owl,star\ncat,dog", "owl,star / cat,dog", "target -> anchor if these are two columns");
+  doubt("Animals:\nowl", "Animals: / owl", "':' and all; delete what does not belong to it");
+  doubt("owl BREAK cat", "owl BREAK cat", "with 'BREAK', which prompts use as a command");
+  doubt("BREAK", "BREAK", "'BREAK'");
+  doubt("owl AND cat", "owl AND cat", "'AND'");
+  doubt("owl --no star", "owl --no star", "'--no'");
+  doubt("owl::2 cat", "owl::2 cat", "'owl::2'");
+  doubt("1 owl", "1 owl", "with its number");
+  doubt("a) owl", "a) owl", "with its number");
+  doubt("a. owl\nc. cat", "a. owl / c. cat", "with its number");
+  doubt("owl #1", "owl", "'#1' is left out as a comment");
+  doubt("embedding:foo", "embedding:foo", "names an embedding file");
+  doubt("owl -> embedding:foo", "owl>embedding:foo", "names an embedding file");
+}
+
+// Hyphens, colons and numbers of names are no marks of lists.
+TEST(PastedLists, NamesAreNotTakenForListsOrPairs) {
+  for (const char* list :
+       {"A. Dürer\nB. Spears", "DUNGEONS AND DRAGONS", "john 3:16", "16:9", "re:zero",
+        "1 girl\n2 girls", "12 monkeys\n13 ghosts", "1 -> one\n2 -> two", "AT&T", "R&B;x",
+        "&unknown;x", "&#0;x", "halo:2", "a owl\nb cat", "half-life 2", "e=mc²", "①"}) {
+    std::string expected;
+    for (const std::string& line : split_lines(list)) {
+      const size_t arrow = line.find(" -> ");
+      expected += (expected.empty() ? "" : " / ") + line.substr(0, arrow) +
+                  (arrow == std::string::npos ? "" : ">" + line.substr(arrow + 4));
+    }
+    EXPECT_EQ(read(list), expected);
+    EXPECT_EQ(notes_of(list).find("left out"), std::string::npos) << notes_of(list);
+  }
+  for (const char* name : {"A. Dürer\nB. Spears", "DUNGEONS AND DRAGONS", "john 3:16",
+                           "half-life 2", "Spider-Man", "1 -> one\n2 -> two"}) {
+    EXPECT_EQ(notes_of(name), "");
+  }
+}
+
+TEST(PastedLists, TextsInsideJsonAreJudgedAsLinesAre) {
+  const std::string head = R"({"format": "lacuna.concepts/1", )";
+  const auto told = [&](const std::string& json, const std::string& expected) {
+    const std::string notes = notes_of(head + json);
+    EXPECT_NE(notes.find(expected), std::string::npos) << json << " -> '" << notes << "'";
+  };
+  const auto refuse = [&](const std::string& json, const std::string& expected) {
+    const std::string message = message_of([&] { parse(json); });
+    EXPECT_NE(message.find(expected), std::string::npos) << json << " -> '" << message << "'";
+  };
+  told(R"("concepts": [{"target": "x"}, {"target": "owl, cat"}]})", "Check concept 2: 'owl, cat'");
+  told(R"("concepts": [{"target": "x", "synonyms": ["a BREAK b"]}]})", "'BREAK'");
+  told(R"("concepts": [{"target": "x"}], "preserve": ["wolf", "cat: a"]})",
+       "Check preserved phrase 2: 'cat: a'");
+  told(R"("concepts": [{"target": "x"}], "preserve": ["&quot;wolf&quot;"]})",
+       "Preserved phrase 1: quotes left out");
+  told(R"("concepts": [{"target": "owl\ncat"}]})", "a line break inside");
+  refuse(head + R"-("concepts": [{"target": "a"}, {"target": "(owl:1.3)"}]})-",
+         "concept 2: '(owl:1.3)' is prompt syntax");
+  refuse(head + R"("concepts": [{"target": "owl -> cat"}]})",
+         "concept 1: 'owl -> cat' holds an arrow");
+  refuse(head + R"("concepts": [{"target": "x", "anchor": "a|b"}]})",
+         "'a|b' holds an arrow or '|'");
+  refuse(head + R"("concepts": [{"target": "a"}, {"target": "a", "target": "b"}]})",
+         "entry 2 of a list, has the member 'target' twice");
+  refuse(head + R"("concepts": [], "concepts": []})", "has the member 'concepts' twice");
+  refuse(R"(["", "owl"])", "concept 1 is empty");
+  refuse(R"(["owl", " \u00a0"])", "concept 2 is empty");
+  refuse(head + R"("concepts": [{"target": "x"}, {"target": ""}]})",
+         "concept 2 holds an empty text");
+  ReadingNotes notes;
+  EXPECT_EQ(message_of([&] { typed_phrases(R"(["wolf", ""])", "'neighbours'", notes); }),
+            "'neighbours', item 2 is empty; write a phrase, or remove it");
+  // What a file or a bundle of ours holds is read as it is.
+  EXPECT_EQ(concept_set_from_json(head + R"-("concepts": [{"target": "&quot;(a:1.3)"}]})-")
+                .concepts[0]
+                .target,
+            "&quot;(a:1.3)");
+}
+
+TEST(PastedLists, ADefaultAnchorIsOnePhrase) {
+  for (const char* anchor : {"a | b", "a ｜ b", "a -> b", "a → b", "a -&gt; b"}) {
+    const std::string message = message_of([&] { parse("owl", {.anchor = anchor}); });
+    EXPECT_NE(message.find("holds an arrow or '|'; write one phrase there"), std::string::npos)
+        << message;
+    EXPECT_EQ(read("owl -> x", anchor), "owl>x");  // never asked for
+  }
+  EXPECT_NE(message_of([] { parse("owl", {.anchor = "a; b"}); }).find("the default anchor"),
+            std::string::npos);
+}
+
+TEST(PastedLists, PhrasesAloneAreDoubtedWithoutAnArrow) {
+  ReadingNotes notes;
+  EXPECT_EQ(typed_phrases("owl = star\ncat: a", "list", notes).size(), 2u);
+  EXPECT_NE(notes.text().find("Check line 2: 'cat: a' is read as one phrase"), std::string::npos);
+  EXPECT_EQ(notes.text().find("->"), std::string::npos) << notes.text();
 }
 
 TEST(PastedLists, WhatCannotBeMeantIsRefused) {
@@ -241,6 +367,10 @@ TEST(PastedLists, WhatCannotBeMeantIsRefused) {
   refuse("{owl|ship}", "'{owl|ship}' is prompt syntax");
   refuse("[owl:ship:0.5]", "prompt syntax");
   refuse("((owl))", "prompt syntax");
+  refuse("a red owl:1.3", "'owl:1.3' is prompt syntax");
+  refuse("owl:1.3, cat:0.8", "'owl:1.3' is prompt syntax");
+  refuse("owl:-.5", "prompt syntax");
+  refuse("&lt;lora:x:1&gt;", "'<lora:x:1>' is prompt syntax");
   refuse("__animals__", "prompt syntax");
   for (const char* lone : {"-", "{", "?!", "…", "。", "\"\"", "->"}) refuse(lone, "");
   refuse("-", "punctuation alone");

@@ -103,6 +103,23 @@ TEST(SaveLoraNodeTest, WritesNumberedFilesBelowItsFolder) {
       {"/x", "leaves the output folder"},
       {"", "the filename prefix is empty"},
       {"a/..", "is a folder"},
+      {"   ", "is blank; write a name"},
+      {"\u00a0\u200b", "is blank; write a name"},
+      {"loras/a\nb", "'loras/a\\nb' holds a line break or another control character"},
+      {"a\x07", "control character"},
+      {"CON", "'CON', which Windows keeps for a device"},
+      {"a/aux.txt", "'aux.txt', which Windows keeps"},
+      {"lpt1/a", "'lpt1', which Windows keeps"},
+      {"nul .x", "which Windows keeps"},
+      {"a./b", "a folder that ends with a dot or a space"},
+      {"a /b", "a folder that ends with a dot or a space"},
+      {"a<b", "holds '<', which Windows"},
+      {"a>b", "holds '>'"},
+      {"a:b", "holds ':'"},
+      {"a\"b", "holds '\"'"},
+      {"a|b", "holds '|'"},
+      {"a?", "holds '?'"},
+      {"*", "holds '*'"},
       {std::string("loras/a\0b", 9), "'loras/a?b' holds a NUL character"},
       {std::string(260, 'x'), "too long: 279 bytes with its number, and 255 is the limit"},
       {std::string(90, 'x') + std::string(150, 'y') + "%date:yyyy-MM-dd%", "is too long"},
@@ -177,6 +194,7 @@ TEST(FileNames, AreFilledInAsComfyUIDoes) {
   EXPECT_EQ(named("%year%-%month%-%day%/%hour%%minute%%second%"), "2026-03-07/040559");
   EXPECT_EQ(named("%width%x%height%"), "64x32");
   EXPECT_EQ(named("a_%date:yyyy-MM-dd%_%date:hhmmss%"), "a_2026-03-07_040559");
+  EXPECT_EQ(named("%date:hh:mm:ss%"), "04_05_59");  // Windows allows no ':'
   EXPECT_EQ(named("%date:d.M.yy h-m-s yyy dddd%"), "7.3.26 4-5-59 yyy 0707");
   for (const char* plain : {"100%", "%%", "50% of %it", "%Year%", "%unknown% %", "%date%", ""}) {
     EXPECT_EQ(named(plain), plain);
@@ -187,6 +205,13 @@ TEST(FileNames, AreFilledInAsComfyUIDoes) {
   const WidgetTexts widgets{{"KSampler.seed", "7"}, {"Words.text", "../a:b\n\"c\"%"}};
   EXPECT_EQ(with_widgets("x_%KSampler.seed%_%KSampler.cfg%", widgets), "x_7_%KSampler.cfg%");
   EXPECT_EQ(with_widgets("%Words.text%", widgets), ".._a_b__c_%");
+}
+
+TEST(FileNames, ThatEverySystemTakesAreTaken) {
+  for (const char* name : {"a", "loras/forget me not", "a/./b", "controls/console", "com10",
+                           "aux_1", ".hidden", "100%", "梟", "an owl.", "a/b "}) {
+    EXPECT_EQ(message_of([&] { check_file_name(name); }), "") << name;
+  }
 }
 
 TEST(NodeInputsTest, TypesRangesAndOptions) {
@@ -242,7 +267,7 @@ TEST(ConceptSetNodeTest, ReportsWhatItRead) {
             "Lines 1, 2: bullets left out.\n"
             "Line 1: '=>' read as '->'.\n"
             "Check line 2: 'a, b' is read as one phrase, commas and all; write each on a line of "
-            "its own if these are several.\n"
+            "its own if these are several, or target -> anchor if these are two columns.\n"
             "In 'preserve':\n"
             "Line 1: quotes left out.");
   EXPECT_EQ(result.text, std::vector<std::string>{std::get<std::string>(result.outputs[2])});

@@ -407,6 +407,8 @@ def test_an_evaluation_with_a_detector_and_a_prompt_file(evaluation, tmp_path, c
     [
         (["--concepts", "nowhere.txt"], "no file nowhere.txt"),
         (["--width", "100"], "multiples of"),
+        (["--strength", "2"], "--strength scales the LoRA"),
+        (["--strength", "1"], "--strength scales the LoRA"),
         (["--detector", "nowhere.py:Judge"], "no detector file nowhere.py"),
         (["--detector", "judge"], "write FILE.py:name"),
         (["--detector", "json:nothing"], "has nothing called nothing"),

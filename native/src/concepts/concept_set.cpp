@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <unordered_map>
@@ -24,17 +25,29 @@ constexpr size_t kMaxTextBytes = 4u << 20;
 constexpr size_t kMaxConcepts = 10'000;
 constexpr size_t kMaxPhraseCharacters = 500;
 // Ten thousand concepts of seven members and thirty synonyms, and as many preserved phrases.
-constexpr JsonLimits kJsonLimits{.depth = 8, .values = 420'000};
+constexpr JsonLimits kJsonLimits{.depth = 8, .values = 420'000, .unique = true};
+
+// Reads one text of a JSON; the string names its place for errors.
+using ReadText = std::function<std::string(const std::string&, const std::string&, PhrasePlace)>;
+
+// Where the first of '|' and its full-width form stands, and its size; size 0: nowhere.
+std::pair<size_t, size_t> find_bar(std::string_view text) {
+  constexpr std::string_view kWide = "｜";
+  const size_t plain = text.find('|'), wide = text.find(kWide);
+  if (plain == wide) return {text.size(), 0};
+  return plain < wide ? std::pair(plain, size_t{1}) : std::pair(wide, kWide.size());
+}
 
 std::string read_anchor(const ConceptDefaults& defaults) {
   const std::string where = "the default anchor";
-  if (normalize_phrase(defaults.anchor).empty()) return std::string(default_anchor(defaults.kind));
-  if (find_arrow(defaults.anchor, where)) {
-    throw Error(where + " " + in_quotes(defaults.anchor) +
-                " holds an arrow; write the phrase alone");
-  }
   ReadingNotes unused;
-  return typed_phrase(defaults.anchor, 1, where, unused);
+  const std::string typed = without_marks(defaults.anchor, 1, unused);
+  if (typed.empty()) return std::string(default_anchor(defaults.kind));
+  if (find_arrow(typed, where) || find_bar(typed).second > 0) {
+    throw Error(where + " " + in_quotes(typed) +
+                " holds an arrow or '|'; write one phrase there, and nothing else");
+  }
+  return typed_phrase(typed, 1, where, unused);
 }
 
 // Between synonyms any of these can only separate.
@@ -60,21 +73,13 @@ std::vector<std::string> split_synonyms(std::string_view text) {
   return synonyms;
 }
 
-// Where the first of '|' and its full-width form stands, and its size; size 0: nowhere.
-std::pair<size_t, size_t> find_bar(std::string_view text) {
-  constexpr std::string_view kWide = "｜";
-  const size_t plain = text.find('|'), wide = text.find(kWide);
-  if (plain == wide) return {text.size(), 0};
-  return plain < wide ? std::pair(plain, size_t{1}) : std::pair(wide, kWide.size());
-}
-
 Concept read_line(const TypedLine& line, const std::string& where, const ConceptDefaults& defaults,
                   ReadingNotes& notes) {
   const auto fail = [&](const std::string& what) -> Error {
     return Error(where + ": " + what + "; write it as: target -> anchor | synonym, synonym");
   };
-  const auto phrase = [&](std::string_view text) {
-    return typed_phrase(text, line.number, where, notes);
+  const auto phrase = [&](std::string_view text, PhrasePlace place = PhrasePlace::kBesideArrow) {
+    return typed_phrase(text, line.number, where, notes, place);
   };
   const std::string text = unquoted(line.text, line.number, notes);
   std::string_view body = text;
@@ -117,13 +122,16 @@ Concept read_line(const TypedLine& line, const std::string& where, const Concept
     if (item.synonyms.empty()) throw fail("nothing after '|'");
     body = body.substr(0, bar);
   }
+  // What stands in quotes is one phrase.
+  PhrasePlace place = PhrasePlace::kBesideArrow;
   if (const auto arrow = find_arrow(body, where)) {
     item.anchor = anchor_after(body, *arrow);
     body = body.substr(0, arrow->begin);
   } else if (item.anchor.empty()) {
     item.anchor = read_anchor(defaults);
+    if (text.size() == line.text.size()) place = PhrasePlace::kTarget;
   }
-  item.target = phrase(body);
+  item.target = phrase(body, place);
   if (item.target.empty()) throw fail("no target");
   return item;
 }
@@ -176,37 +184,91 @@ class ObjectReader {
   std::string where_;
 };
 
-Concept concept_from_json(const json& value, const std::string& where,
+// As Lacuna wrote it.
+std::string literal_text(const std::string& text, const std::string&, PhrasePlace) {
+  return normalize_phrase(text);
+}
+
+// As somebody pasted it: judged like a line.
+ReadText pasted_text(size_t number, ReadingNotes& notes) {
+  return [number, &notes](const std::string& text, const std::string& where, PhrasePlace place) {
+    const std::string typed = without_marks(text, number, notes);
+    if (typed.empty()) throw Error(where + " holds an empty text; write a word, or remove it");
+    if (find_arrow(typed, where) || find_bar(typed).second > 0) {
+      throw Error(where + ": " + in_quotes(typed) +
+                  " holds an arrow or '|'; in this JSON, 'anchor' and 'synonyms' have members of "
+                  "their own");
+    }
+    return typed_phrase(typed, number, where, notes, place);
+  };
+}
+
+Concept concept_from_json(const json& value, const std::string& where, const ReadText& read,
                           const ConceptDefaults& defaults = {}) {
   ObjectReader reader(value, where,
                       {"target", "anchor", "kind", "synonyms", "templates", "comment"});
   Concept item;
-  item.target = normalize_phrase(reader.string("target"));
+  item.target = read(reader.string("target"), where, PhrasePlace::kAlone);
   item.kind =
       concept_kind_from_string(reader.string("kind", std::string(to_string(defaults.kind))));
-  item.anchor = normalize_phrase(
-      reader.string("anchor", read_anchor({.kind = item.kind, .anchor = defaults.anchor})));
+  item.anchor = value.contains("anchor")
+                    ? read(reader.string("anchor"), where, PhrasePlace::kBesideArrow)
+                    : read_anchor({.kind = item.kind, .anchor = defaults.anchor});
   item.templates = reader.integer("templates", defaults.templates);
   item.comment = reader.string("comment", "");
   const json none = json::array();
   for (const json& synonym : reader.array("synonyms", none)) {
     if (!synonym.is_string()) throw Error(where + ": every synonym must be text");
-    item.synonyms.push_back(normalize_phrase(synonym.get<std::string>()));
+    item.synonyms.push_back(read(synonym.get<std::string>(), where, PhrasePlace::kBesideArrow));
   }
   return item;
 }
 
-PreservedPhrase preserved_from_json(const json& value, const std::string& where) {
+PreservedPhrase preserved_from_json(const json& value, const std::string& where,
+                                    const ReadText& read) {
   PreservedPhrase item;
   if (value.is_string()) {
-    item.phrase = normalize_phrase(value.get<std::string>());
+    item.phrase = read(value.get<std::string>(), where, PhrasePlace::kAlone);
     return item;
   }
   ObjectReader reader(value, where, {"phrase", "kind", "templates"});
-  item.phrase = normalize_phrase(reader.string("phrase"));
+  item.phrase = read(reader.string("phrase"), where, PhrasePlace::kAlone);
   item.kind = concept_kind_from_string(reader.string("kind", "object"));
   item.templates = reader.integer("templates", kTemplatesPerKind);
   return item;
+}
+
+// Literally without `notes`.
+ConceptSet set_from_json(std::string_view text, ReadingNotes* notes) {
+  if (text.size() > kMaxTextBytes) throw Error("the concept file is larger than 4 MiB");
+  const json root = parse_json(text, "the concept JSON", kJsonLimits);
+  ObjectReader reader(root, "the concept JSON",
+                      {"format", "concepts", "preserve", "general_prior"});
+  if (const std::string format = reader.string("format"); format != kConceptsFormat) {
+    throw Error("the concept JSON has format " + in_quotes(format) + ", expected '" +
+                std::string(kConceptsFormat) + "'");
+  }
+  ConceptSet set;
+  set.general_prior = general_prior_from_string(reader.string("general_prior", "small"));
+  const json none = json::array();
+  const json& concepts = reader.array("concepts", none);
+  const json& preserve = reader.array("preserve", none);
+  if (concepts.size() > kMaxConcepts) throw Error("more than 10000 concepts in one list");
+  if (preserve.size() > kMaxConcepts) throw Error("more than 10000 preserved phrases");
+  const auto reading = [&](size_t i) {
+    return notes == nullptr ? ReadText(literal_text) : pasted_text(i + 1, *notes);
+  };
+  if (notes != nullptr) notes->count("concept");
+  for (size_t i = 0; i < concepts.size(); ++i) {
+    set.concepts.push_back(
+        concept_from_json(concepts[i], "concept " + std::to_string(i + 1), reading(i)));
+  }
+  if (notes != nullptr) notes->count("preserved phrase");
+  for (size_t i = 0; i < preserve.size(); ++i) {
+    set.preserve.push_back(
+        preserved_from_json(preserve[i], "preserved phrase " + std::to_string(i + 1), reading(i)));
+  }
+  return set;
 }
 
 void check_phrase(const std::string& phrase, const std::string& what) {
@@ -229,17 +291,24 @@ ConceptSet concepts_from_list(std::string_view body, const ConceptDefaults& defa
                               ReadingNotes& notes) {
   const json list = parse_json(body, "the concept JSON", kJsonLimits);
   if (list.size() > kMaxConcepts) throw Error("more than 10000 concepts in one list");
+  notes.understood(1, "a JSON list, read as one concept an entry");
+  notes.count("concept");
+  std::vector<std::string> texts;
+  for (const json& entry : list) {
+    texts.push_back(entry.is_string() ? entry.get<std::string>() : std::string());
+  }
+  const std::vector<TypedLine> lines = typed_items(texts, notes);
   ConceptSet set;
   for (size_t i = 0; i < list.size(); ++i) {
     const std::string where = "concept " + std::to_string(i + 1);
     if (!list[i].is_string()) {
-      set.concepts.push_back(concept_from_json(list[i], where, defaults));
+      set.concepts.push_back(
+          concept_from_json(list[i], where, pasted_text(i + 1, notes), defaults));
       continue;
     }
-    const TypedLine line{i + 1, normalize_phrase(list[i].get<std::string>()), ""};
-    set.concepts.push_back(read_line(line, where, defaults, notes));
+    if (lines[i].text.empty()) throw Error(where + " is empty; write a word, or remove it");
+    set.concepts.push_back(read_line(lines[i], where, defaults, notes));
   }
-  notes.understood(1, "a JSON list, read as one concept an entry");
   return set;
 }
 
@@ -259,7 +328,7 @@ ConceptSet parse_concepts(std::string_view text, const ConceptDefaults& defaults
   const std::string body = list_body(text, "the concept list", told);
   ConceptSet set;
   if (is_json_object(body)) {
-    set = concept_set_from_json(body);
+    set = set_from_json(body, &told);
   } else if (is_json_list(body)) {
     set = concepts_from_list(body, defaults, told);
   } else {
@@ -298,7 +367,8 @@ ConceptSet merge(const ConceptSet& earlier, const ConceptSet& later) {
 
 void validate(const ConceptSet& set) {
   if (set.concepts.empty()) {
-    throw Error("no concept to erase: type one phrase a line into 'concepts'");
+    throw Error(
+        "no concept to erase: type one phrase a line into 'concepts' ('#' begins a comment)");
   }
   std::unordered_map<std::string, std::string> owner;  // folded phrase -> target it belongs to
   for (const Concept& item : set.concepts) {
@@ -370,30 +440,6 @@ std::string to_json(const ConceptSet& set) {
   }
 }
 
-ConceptSet concept_set_from_json(std::string_view text) {
-  if (text.size() > kMaxTextBytes) throw Error("the concept file is larger than 4 MiB");
-  const json root = parse_json(text, "the concept JSON", kJsonLimits);
-  ObjectReader reader(root, "the concept JSON",
-                      {"format", "concepts", "preserve", "general_prior"});
-  if (const std::string format = reader.string("format"); format != kConceptsFormat) {
-    throw Error("the concept JSON has format " + in_quotes(format) + ", expected '" +
-                std::string(kConceptsFormat) + "'");
-  }
-  ConceptSet set;
-  set.general_prior = general_prior_from_string(reader.string("general_prior", "small"));
-  const json none = json::array();
-  const json& concepts = reader.array("concepts", none);
-  const json& preserve = reader.array("preserve", none);
-  if (concepts.size() > kMaxConcepts) throw Error("more than 10000 concepts in one list");
-  if (preserve.size() > kMaxConcepts) throw Error("more than 10000 preserved phrases");
-  for (size_t i = 0; i < concepts.size(); ++i) {
-    set.concepts.push_back(concept_from_json(concepts[i], "concept " + std::to_string(i + 1)));
-  }
-  for (size_t i = 0; i < preserve.size(); ++i) {
-    set.preserve.push_back(
-        preserved_from_json(preserve[i], "preserved phrase " + std::to_string(i + 1)));
-  }
-  return set;
-}
+ConceptSet concept_set_from_json(std::string_view text) { return set_from_json(text, nullptr); }
 
 }  // namespace lacuna

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <nlohmann/json.hpp>
 
 #include "lacuna/error.h"
@@ -21,9 +22,11 @@ constexpr size_t kMostKinds = 12;  // of what was understood
 
 constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
 constexpr std::array<std::string_view, 7> kLooseBullets{"-", "*", "+", "–", "—", ">", "−"};
-constexpr std::array<std::string_view, 24> kBullets{
-    "•", "‣", "◦", "▪", "▫", "●", "○",  "■", "□", "∙",  "⁃", "►",
-    "▸", "▶", "➤", "➢", "✓", "✔", "✅", "☐", "☑", "・", "·", "\xEF\x82\xB7"};  // the last: Word's
+constexpr std::array<std::string_view, 30> kBullets{"•",  "‣",           "◦", "▪", "▫",  "●", "○",
+                                                    "■",  "□",           "∙", "⁃", "►",  "▸", "▶",
+                                                    "➤",  "➢",           "✓", "✔", "✅", "☐", "☑",
+                                                    "・", "·",           "◆", "◇", "❖",  "⦁", "🔹",
+                                                    "🔸", "\xEF\x82\xB7"};  // the last: Word's
 constexpr std::array<std::string_view, 5> kSeparators{",", ";", "，", "、", "；"};
 constexpr std::array<std::string_view, 3> kCommas{",", "，", "、"};
 constexpr std::array<std::pair<std::string_view, std::string_view>, 20> kQuotes{{
@@ -31,10 +34,29 @@ constexpr std::array<std::pair<std::string_view, std::string_view>, 20> kQuotes{
     {"‘", "’"},   {"’", "’"},   {"‚", "‘"},   {"«", "»"}, {"»", "«"},   {"‹", "›"}, {"「", "」"},
     {"『", "』"}, {"＂", "＂"}, {"＇", "＇"}, {"`", "`"}, {"**", "**"}, {"*", "*"},
 }};
-// Strokes and heads of arrows that are typed; "&gt;" comes from web pages.
+// Strokes and heads of arrows that are typed.
 constexpr std::array<std::string_view, 12> kStrokes{"-", "=", "–", "—", "−",  "―",
                                                     "─", "━", "‐", "~", "－", "＝"};
-constexpr std::array<std::string_view, 9> kHeads{">", "＞", "›", "»", "❯", "▶", "►", "▸", "&gt;"};
+constexpr std::array<std::string_view, 8> kHeads{">", "＞", "›", "»", "❯", "▶", "►", "▸"};
+// What web pages write for characters, besides numbers.
+constexpr std::array<std::pair<std::string_view, std::string_view>, 16> kEntities{{
+    {"amp", "&"},
+    {"quot", "\""},
+    {"apos", "'"},
+    {"lt", "<"},
+    {"gt", ">"},
+    {"nbsp", " "},
+    {"rarr", "→"},
+    {"ndash", "–"},
+    {"mdash", "—"},
+    {"lsquo", "‘"},
+    {"rsquo", "’"},
+    {"ldquo", "“"},
+    {"rdquo", "”"},
+    {"laquo", "«"},
+    {"raquo", "»"},
+    {"bull", "•"},
+}};
 
 template <size_t N>
 std::string_view prefix_in(std::string_view text, const std::array<std::string_view, N>& prefixes) {
@@ -64,6 +86,21 @@ bool is_other_arrow(char32_t c) {
          c == 0x27f8 || c == 0x27fa || c == 0xffe9;
 }
 
+// ①, ⑴, ⒈, ❶ and the like, and the bytes of a keycap, 1️⃣: they can only count lines.
+size_t counting_sign(std::string_view text) {
+  const auto [bytes, code] = first_character(text);
+  if ((code >= 0x2460 && code <= 0x24b5) || (code >= 0x24ea && code <= 0x24ff) ||
+      (code >= 0x2776 && code <= 0x2793) || (code >= 0x3251 && code <= 0x325f) ||
+      (code >= 0x32b1 && code <= 0x32bf) || code == 0x1f51f) {
+    return bytes;
+  }
+  if (code < '0' || code > '9') return 0;
+  for (const std::string_view keycap : {"\xEF\xB8\x8F\xE2\x83\xA3", "\xE2\x83\xA3"}) {
+    if (text.substr(1).starts_with(keycap)) return 1 + keycap.size();
+  }
+  return 0;
+}
+
 // A ruled line, "---" or "=====".
 bool is_ruled(std::string_view text) {
   const size_t size = first_character(text).bytes;
@@ -85,6 +122,8 @@ std::string_view without_bullet(std::string_view text) {
   std::string_view rest = text;
   if (const std::string_view mark = prefix_in(text, kBullets); !mark.empty()) {
     rest.remove_prefix(mark.size());
+  } else if (const size_t sign = counting_sign(text); sign > 0) {
+    rest.remove_prefix(sign);
   } else if (const std::string_view dash = prefix_in(text, kLooseBullets);
              !dash.empty() && text.substr(dash.size()).starts_with(' ')) {
     rest.remove_prefix(dash.size() + 1);
@@ -142,6 +181,64 @@ bool has_columns(std::string_view line) {
   return tab < end;
 }
 
+// The index-th mark of a way to count: 1 2 3, a b c, i ii iii; empty behind the last one.
+std::string counting_mark(size_t way, size_t index) {
+  constexpr std::array<std::string_view, 20> kRoman{
+      "i",  "ii",  "iii",  "iv",  "v",  "vi",  "vii",  "viii",  "ix",  "x",
+      "xi", "xii", "xiii", "xiv", "xv", "xvi", "xvii", "xviii", "xix", "xx"};
+  if (way == 0) return std::to_string(index + 1);
+  if (way == 1) return index < 26 ? std::string(1, static_cast<char>('a' + index)) : "";
+  return index < kRoman.size() ? std::string(kRoman[index]) : "";
+}
+
+// The bytes of a mark before a line's words, or 0: in "1 -> one" the number is the concept.
+size_t mark_bytes(std::string_view line, std::string_view open, const std::string& mark,
+                  std::string_view close) {
+  const std::string whole = std::string(open) + mark + std::string(close) + " ";
+  if (mark.empty() || !fold_case(line.substr(0, whole.size())).starts_with(whole)) return 0;
+  const std::string_view rest = line.substr(whole.size());
+  const auto [bytes, code] = first_character(rest);
+  const bool words = rest.starts_with('"') || has_words(rest.substr(0, bytes));
+  return bytes > 0 && words && !is_right_arrow(code) ? whole.size() : 0;
+}
+
+// Marks that count every line of a list from its first on, other than "1." and "1)".
+bool take_marks(std::vector<TypedLine>& lines, ReadingNotes& notes) {
+  constexpr std::array<std::pair<std::string_view, std::string_view>, 8> kAround{
+      {{"", "."}, {"", ")"}, {"(", ")"}, {"[", "]"}, {"", ":"}, {"", " -"}, {"", " –"}, {"", ""}}};
+  if (lines.size() < 2) return false;
+  for (size_t way = 0; way < 3; ++way) {
+    for (const auto& [open, close] : kAround) {
+      if (way > 0 && open.empty() && close != "." && close != ")") continue;  // "a owl"
+      std::vector<size_t> marks;
+      for (const TypedLine& line : lines) {
+        marks.push_back(mark_bytes(line.text, open, counting_mark(way, marks.size()), close));
+        if (marks.back() == 0) break;
+      }
+      if (marks.back() == 0) continue;
+      // Initials: "A. Dürer" and "B. Spears".
+      const bool initials = close == "." && lines.size() < 3 && lines[0].text[0] < 'a';
+      if (way > 0 && initials) continue;
+      const std::string first = lines[0].text.substr(marks[0]);
+      const std::string second = lines[1].text.substr(marks[1]);
+      if (second == first || second == first + "s") continue;  // "1 girl" and "2 girls"
+      for (size_t i = 0; i < lines.size(); ++i) {
+        lines[i].text = std::string(trimmed(std::string_view(lines[i].text).substr(marks[i])));
+        notes.understood(lines[i].number, "numbers of lines left out");
+      }
+      return true;
+    }
+  }
+  return false;
+}
+
+// "1 owl", "a) owl", "a. owl": a name, or the first line of a list.
+bool may_be_counted(std::string_view text) {
+  const bool letter = !text.empty() && ((text[0] >= 'a' && text[0] <= 'z') || text[0] == 'A');
+  return mark_bytes(text, "", "1", "") > 0 || text.starts_with("a. ") ||
+         (letter && text.substr(1).starts_with(") "));
+}
+
 // Only a list whose lines all count: "1. FC Union" alone is a name.
 void take_numbers(std::vector<TypedLine>& lines, ReadingNotes& notes) {
   std::vector<LineNumber> numbers;
@@ -154,11 +251,13 @@ void take_numbers(std::vector<TypedLine>& lines, ReadingNotes& notes) {
     counts = counts && (i == 0 || numbers[i].value == numbers[i - 1].value + 1);
     ones = ones && numbers[i].value == 1;  // as Markdown allows
   }
+  if (!counts && !ones && take_marks(lines, notes)) return;
   for (size_t i = 0; i < lines.size(); ++i) {
+    const auto number = line_number(lines[i].text);
     if (counts || ones) {
       lines[i].text.erase(0, numbers[i].bytes);
       notes.understood(lines[i].number, "numbers of lines left out");
-    } else if (const auto number = line_number(lines[i].text); number && number->spaced) {
+    } else if ((number && number->spaced) || may_be_counted(lines[i].text)) {
       notes.doubt(lines[i].number,
                   in_quotes(lines[i].text) +
                       " is read with its number; delete the number if it only counts the lines");
@@ -210,8 +309,25 @@ std::string_view wildcard(std::string_view text) {
   return {};
 }
 
+// "owl:1.3", a weight without its parentheses. Behind a digit it is a time or a ratio, and without
+// a point the name of a part, as in "john 3:16" and "halo:2".
+std::string_view bare_weight(std::string_view text) {
+  for (size_t at = text.find(':'); at != std::string_view::npos; at = text.find(':', at + 1)) {
+    const size_t end = std::min(text.size(), text.find_first_not_of("+-.0123456789", at + 1));
+    const std::string_view number = text.substr(at + 1, end - at - 1);
+    const bool bounded = end == text.size() || text[end] == ' ' || text[end] == ',';
+    const char before = at == 0 ? ' ' : text[at - 1];
+    if (bounded && number.find('.') != std::string_view::npos && is_number(number) &&
+        before != ' ' && (before < '0' || before > '9')) {
+      const size_t begin = text.substr(0, at).rfind(' ') + 1;  // npos + 1 is 0
+      return text.substr(begin, end - begin);
+    }
+  }
+  return {};
+}
+
 // The first that is found of <lora:x:1>, (owl:1.3), {owl|ship}, __animals__, [owl:ship:0.5],
-// ((owl)).
+// ((owl)), owl:1.3.
 std::string_view prompt_syntax(std::string_view text) {
   if (const auto found = bracketed(text, "<>",
                                    [](std::string_view inside) {
@@ -235,9 +351,114 @@ std::string_view prompt_syntax(std::string_view text) {
     return found;
   }
   if (const auto found = wildcard(text); !found.empty()) return found;
+  if (const auto found = bare_weight(text); !found.empty()) return found;
   const bool whole = (text.starts_with('[') && text.ends_with(']')) ||
                      (text.size() > 3 && text.starts_with("((") && text.ends_with("))"));
   return whole ? text : std::string_view{};
+}
+
+// Words that mean something to programs that read prompts, and that may still be names.
+std::string_view prompt_word(std::string_view phrase) {
+  const bool small =
+      std::any_of(phrase.begin(), phrase.end(), [](char c) { return c >= 'a' && c <= 'z'; });
+  for (size_t at = 0; at < phrase.size();) {
+    const size_t end = std::min(phrase.size(), phrase.find(' ', at));
+    const std::string_view word = phrase.substr(at, end - at);
+    // "DUNGEONS AND DRAGONS"
+    const bool joins = word == "AND" && (small || word == phrase);
+    const bool option = word.size() > 2 && word.starts_with("--") && is_word(word.substr(2));
+    if (joins || option || word == "BREAK" || word.find("::") != std::string_view::npos) {
+      return word;
+    }
+    at = end + 1;
+  }
+  return {};
+}
+
+// A mark between two words that may be meant as an arrow or as the end of a phrase, in
+// "owl - star", "owl = star", "owl: star", "owl;star"; its place and bytes, or 0 bytes.
+struct Mark {
+  size_t at = 0;
+  size_t bytes = 0;
+};
+Mark dividing_mark(std::string_view phrase) {
+  const auto spaced = [&](const Mark& mark, bool before, bool after) {
+    const bool left = mark.at > 0 && phrase[mark.at - 1] == ' ';
+    return (before && left) || (after && phrase.substr(mark.at + mark.bytes).starts_with(' '));
+  };
+  for (size_t at = 0; at < phrase.size();) {
+    const std::string_view rest = phrase.substr(at);
+    const auto begins = [&](std::string_view mark) { return rest.starts_with(mark); };
+    const size_t bytes = std::max<size_t>(first_character(rest).bytes, 1);
+    const Mark mark{at, begins("--") ? 2 : bytes};
+    at += mark.bytes;
+    if (mark.at == 0) continue;
+    const bool last = at == phrase.size();
+    const bool dash = begins("-") || begins("–") || begins("—") || begins("−") || begins("/");
+    const bool number =
+        phrase.find_first_not_of("0123456789 ") >= mark.at;  // "2001: a space odyssey"
+    if ((dash && spaced(mark, true, false) && spaced(mark, false, true)) ||
+        (begins("=") && spaced(mark, true, true)) ||
+        (begins(":") && (last || spaced(mark, true, true)) && !number) || begins("：") ||
+        begins(";")) {
+      return mark;
+    }
+  }
+  return {};
+}
+
+void doubt_divided(const std::string& phrase, size_t line, PhrasePlace place, ReadingNotes& notes) {
+  const Mark mark = dividing_mark(phrase);
+  if (mark.bytes == 0) return;
+  const std::string_view text = phrase, sign = text.substr(mark.at, mark.bytes);
+  const std::string_view left = trimmed(text.substr(0, mark.at));
+  const std::string_view right = trimmed(text.substr(mark.at + mark.bytes));
+  std::string advice = "delete what does not belong to it";
+  if (place == PhrasePlace::kTarget && !right.empty()) {
+    advice = "write " + readable(left, 40) + " -> " + readable(right, 40) +
+             " if the second is what to draw instead, or each on a line of its own";
+  }
+  notes.doubt(line, in_quotes(phrase) + " is read as one phrase, " + in_quotes(sign) +
+                        " and all; " + advice);
+}
+
+// `text` with the characters that "&quot;", "&#39;" and the like stand for, also "&amp;quot;".
+std::string without_entities(std::string_view text) {
+  const auto character = [](std::string_view name) -> std::string {
+    for (const auto& [known, meant] : kEntities) {
+      if (name == known) return std::string(meant);
+    }
+    if (!name.starts_with('#')) return {};
+    name.remove_prefix(1);
+    const bool hex = name.starts_with('x') || name.starts_with('X');
+    if (hex) name.remove_prefix(1);
+    utf8proc_int32_t code = 0;
+    const auto [end, error] =
+        std::from_chars(name.data(), name.data() + name.size(), code, hex ? 16 : 10);
+    if (error != std::errc() || end != name.data() + name.size() || code < ' ' ||
+        !utf8proc_codepoint_valid(code)) {
+      return {};
+    }
+    std::array<utf8proc_uint8_t, 4> bytes{};
+    const auto size = static_cast<size_t>(utf8proc_encode_char(code, bytes.data()));
+    return {bytes.begin(), bytes.begin() + size};
+  };
+  std::string out;
+  while (!text.empty()) {
+    std::string meant(1, text.front());
+    text.remove_prefix(1);
+    while (meant == "&") {
+      constexpr size_t kLongestName = 8;
+      const size_t end = text.substr(0, kLongestName + 1).find(';');
+      if (end == std::string_view::npos) break;
+      const std::string found = character(text.substr(0, end));
+      if (found.empty()) break;
+      meant = found;
+      text.remove_prefix(end + 1);
+    }
+    out += meant;
+  }
+  return out;
 }
 
 bool is_one_of(std::string_view body, size_t at, std::initializer_list<std::string_view> starts) {
@@ -249,18 +470,25 @@ bool is_one_of(std::string_view body, size_t at, std::initializer_list<std::stri
 
 }  // namespace
 
+void ReadingNotes::count(std::string_view unit) { unit_ = unit; }
+
 void ReadingNotes::understood(size_t line, const std::string& what) {
-  const auto it = std::find_if(understood_.begin(), understood_.end(),
-                               [&](const Note& note) { return note.what == what; });
+  const auto it = std::find_if(understood_.begin(), understood_.end(), [&](const Note& note) {
+    return note.what == what && note.unit == unit_;
+  });
   if (it == understood_.end()) {
-    understood_.push_back({what, {line}});
+    understood_.push_back({what, unit_, {line}});
   } else if (it->lines.back() != line) {
     it->lines.push_back(line);
   }
 }
 
 void ReadingNotes::doubt(size_t line, const std::string& sentence) {
-  doubts_.push_back({sentence, {line}});
+  if (doubts_.size() < kMostNotes) {
+    doubts_.push_back({sentence, unit_, {line}});
+  } else {
+    ++more_doubts_;
+  }
 }
 
 std::string ReadingNotes::text() const {
@@ -268,7 +496,9 @@ std::string ReadingNotes::text() const {
   for (size_t kind = 0; kind < std::min(understood_.size(), kMostKinds); ++kind) {
     const Note& note = understood_[kind];
     out += out.empty() ? "" : "\n";
-    out += note.lines.size() == 1 ? "Line " : "Lines ";
+    std::string unit = note.unit + (note.lines.size() == 1 ? " " : "s ");
+    unit[0] = static_cast<char>(unit[0] - 'a' + 'A');
+    out += unit;
     for (size_t i = 0; i < std::min(note.lines.size(), kMostNotes); ++i) {
       out += (i == 0 ? "" : ", ") + std::to_string(note.lines[i]);
     }
@@ -281,12 +511,12 @@ std::string ReadingNotes::text() const {
     out +=
         "\nAnd " + std::to_string(understood_.size() - kMostKinds) + " more readings like these.";
   }
-  for (size_t i = 0; i < std::min(doubts_.size(), kMostNotes); ++i) {
+  for (const Note& doubt : doubts_) {
     out += out.empty() ? "" : "\n";
-    out += "Check line " + std::to_string(doubts_[i].lines[0]) + ": " + doubts_[i].what + ".";
+    out += "Check " + doubt.unit + " " + std::to_string(doubt.lines[0]) + ": " + doubt.what + ".";
   }
-  if (doubts_.size() > kMostNotes) {
-    out += "\nCheck " + std::to_string(doubts_.size() - kMostNotes) + " more lines like these.";
+  if (more_doubts_ > 0) {
+    out += "\nCheck " + std::to_string(more_doubts_) + " more like these.";
   }
   return out;
 }
@@ -340,6 +570,40 @@ bool is_json_list(std::string_view body) {
          is_one_of(body, begin + 1, {"\"", "{", "]", "'", "“", "‘"});
 }
 
+std::string without_marks(std::string_view text, size_t number, ReadingNotes& notes) {
+  const std::string said = without_entities(text);
+  if (said.size() != text.size()) {
+    notes.understood(number, "signs of web pages (&quot;, &amp;) read as the characters they mean");
+  }
+  std::string clean = normalize_phrase(said);
+  if (const std::string_view rest = without_bullet(clean); rest.size() < clean.size()) {
+    clean = std::string(rest);
+    notes.understood(number, "bullets left out");
+  }
+  std::string_view end = clean;
+  const auto ends_with_separator = [&] {
+    return std::any_of(kSeparators.begin(), kSeparators.end(),
+                       [&](std::string_view mark) { return end.ends_with(mark); });
+  };
+  while (ends_with_separator()) {
+    end = trimmed(end.substr(0, end.size() - (end.ends_with(',') || end.ends_with(';') ? 1 : 3)));
+  }
+  if (end.size() < clean.size() && !end.empty()) {
+    clean = std::string(end);
+    notes.understood(number, "separators at the end left out");
+  }
+  if (has_columns(said)) {
+    notes.doubt(number, in_quotes(clean) +
+                            " has a tab inside, read as a space; write target -> anchor if "
+                            "these are two columns");
+  }
+  if (said.find_first_of("\r\n") != std::string::npos) {
+    notes.doubt(number, in_quotes(clean) + " has a line break inside, read as a space");
+  }
+  if (has_invisible(said)) notes.understood(number, "invisible characters left out");
+  return clean;
+}
+
 std::vector<TypedLine> typed_lines(std::string_view body, const std::string& list,
                                    ReadingNotes& notes) {
   std::string text;
@@ -368,33 +632,17 @@ std::vector<TypedLine> typed_lines(std::string_view body, const std::string& lis
     if (left_out.find("->") != std::string::npos || left_out.find('|') != std::string::npos) {
       notes.doubt(number, "what follows '#' is left out as a comment, " + in_quotes(left_out, 40) +
                               " and all");
+    } else if (!left_out.empty() && comment.front() != ' ' && comment.front() != '\t') {
+      notes.doubt(number, in_quotes("#" + left_out, 40) +
+                              " is left out as a comment; write it without '#' if it belongs to "
+                              "the phrase");  // "owl #1", unlike "owl # a bird"
     }
     if (is_ruled(clean)) {
       notes.understood(number, "a ruled line left out");
       continue;
     }
-    if (const std::string_view rest = without_bullet(clean); rest.size() < clean.size()) {
-      clean = std::string(rest);
-      notes.understood(number, "bullets left out");
-    }
-    std::string_view end = clean;
-    const auto ends_with_separator = [&] {
-      return std::any_of(kSeparators.begin(), kSeparators.end(),
-                         [&](std::string_view mark) { return end.ends_with(mark); });
-    };
-    while (ends_with_separator()) {
-      end = trimmed(end.substr(0, end.size() - (end.ends_with(',') || end.ends_with(';') ? 1 : 3)));
-    }
-    if (end.size() < clean.size() && !end.empty()) {
-      clean = std::string(end);
-      notes.understood(number, "separators at the end left out");
-    }
-    if (has_columns(said)) {
-      notes.doubt(number, in_quotes(clean) +
-                              " has a tab inside, read as a space; write target -> anchor if "
-                              "these are two columns");
-    }
-    if (has_invisible(said)) notes.understood(number, "invisible characters left out");
+    clean = without_marks(said, number, notes);
+    if (clean.empty()) continue;
     if (lines.size() >= kMostLines) {
       throw Error(list + " has more than " + std::to_string(kMostLines) + " entries");
     }
@@ -402,6 +650,16 @@ std::vector<TypedLine> typed_lines(std::string_view body, const std::string& lis
   }
   take_numbers(lines, notes);
   return lines;
+}
+
+std::vector<TypedLine> typed_items(const std::vector<std::string>& texts, ReadingNotes& notes) {
+  std::vector<TypedLine> items;
+  for (const std::string& text : texts) {
+    const size_t number = items.size() + 1;
+    items.push_back({number, without_marks(text, number, notes), ""});
+  }
+  take_numbers(items, notes);
+  return items;
 }
 
 bool has_words(std::string_view phrase) {
@@ -462,8 +720,9 @@ std::string unquoted(std::string phrase, size_t line, ReadingNotes& notes) {
 }
 
 std::string typed_phrase(std::string_view text, size_t line, const std::string& where,
-                         ReadingNotes& notes) {
-  std::string phrase = unquoted(normalize_phrase(text), line, notes);
+                         ReadingNotes& notes, PhrasePlace place) {
+  const std::string typed = normalize_phrase(text);
+  std::string phrase = unquoted(typed, line, notes);
   if (phrase.empty()) return phrase;
   refuse_prompt_syntax(phrase, where);
   if (!has_words(phrase)) {
@@ -481,12 +740,26 @@ std::string typed_phrase(std::string_view text, size_t line, const std::string& 
     throw Error(where + ": " + in_quotes(phrase) +
                 " holds several phrases between semicolons; write each on a line of its own");
   }
+  if (const std::string_view word = prompt_word(phrase); !word.empty()) {
+    notes.doubt(line, in_quotes(phrase) + " is read with " + in_quotes(word) +
+                          ", which prompts use as a command; delete it, or write each phrase on a "
+                          "line of its own");
+  }
+  if (fold_case(phrase).find("embedding:") != std::string::npos) {
+    notes.doubt(line, in_quotes(phrase) +
+                          " names an embedding file, which ComfyUI puts in place of the word, and "
+                          "the edit refuses that; write in words what the embedding draws");
+  }
   if (std::any_of(kCommas.begin(), kCommas.end(), [&](auto mark) { return count(mark) > 0; })) {
+    const bool pair = place == PhrasePlace::kTarget && count(",") == 1;
     notes.doubt(line, in_quotes(phrase) +
                           " is read as one phrase, commas and all; write each on a line of its own "
-                          "if these are several");
+                          "if these are several" +
+                          (pair ? ", or target -> anchor if these are two columns" : ""));
   } else if (phrase.starts_with('(') && phrase.ends_with(')')) {
     notes.doubt(line, in_quotes(phrase) + " is read with its parentheses");
+  } else if (place != PhrasePlace::kBesideArrow && phrase.size() == typed.size()) {
+    doubt_divided(phrase, line, place, notes);  // what stands in quotes is meant
   }
   return phrase;
 }
@@ -557,8 +830,9 @@ std::vector<TypedPhrase> typed_phrases(std::string_view text, const std::string&
       throw Error(where + ": " + in_quotes(said) +
                   " holds an arrow or '|'; write one phrase a line, and nothing else");
     }
-    std::string phrase = typed_phrase(said, number, where, notes);
-    if (!phrase.empty()) phrases.push_back({number, std::move(phrase)});
+    std::string phrase = typed_phrase(said, number, where, notes, PhrasePlace::kAlone);
+    if (phrase.empty()) throw Error(where + " is empty; write a phrase, or remove it");
+    phrases.push_back({number, std::move(phrase)});
   };
   if (is_json_object(body)) {
     throw Error(list + " is a JSON object; write one phrase a line, or paste it into 'concepts'");
@@ -570,12 +844,19 @@ std::vector<TypedPhrase> typed_phrases(std::string_view text, const std::string&
     return phrases;
   }
   const nlohmann::json values = parse_json(body, list, {.depth = 2, .values = 20'000});
-  for (size_t i = 0; i < values.size(); ++i) {
-    const std::string where = list + ", item " + std::to_string(i + 1);
-    if (!values[i].is_string()) throw Error(where + " of the JSON must be text");
-    add(values[i].get<std::string>(), i + 1, where);
-  }
   notes.understood(1, "a JSON list, read as phrases");
+  notes.count("item");
+  std::vector<std::string> texts;
+  for (const nlohmann::json& value : values) {
+    if (!value.is_string()) {
+      throw Error(list + ", item " + std::to_string(texts.size() + 1) +
+                  " of the JSON must be text");
+    }
+    texts.push_back(value.get<std::string>());
+  }
+  for (const TypedLine& item : typed_items(texts, notes)) {
+    add(item.text, item.number, list + ", item " + std::to_string(item.number));
+  }
   return phrases;
 }
 

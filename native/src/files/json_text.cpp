@@ -104,6 +104,7 @@ class JsonBuilder {
       member_name_ = std::move(name_);
       return &(member_ = std::move(value));
     }
+    if (limits_.unique && parent.contains(name_)) throw named_twice();
     return &(parent[std::move(name_)] = std::move(value));
   }
 
@@ -132,6 +133,15 @@ class JsonBuilder {
     open_.pop_back();
     finished();
     return true;
+  }
+
+  Error named_twice() const {
+    std::string place;
+    for (const Json* parent : open_) {
+      if (parent->is_array()) place = ", entry " + std::to_string(parent->size()) + " of a list,";
+    }
+    return Error(what_ + place + " has the member " + in_quotes(name_) +
+                 " twice in one object; remove one of them");
   }
 
   Error not_an_object() const { return Error(what_ + " is not an object"); }

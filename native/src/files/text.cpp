@@ -41,6 +41,20 @@ bool is_white_space(char32_t code) {
          category == UTF8PROC_CATEGORY_ZP;
 }
 
+// What would break a line, or cannot be seen, as programs write it.
+std::string escaped(std::string_view character, char32_t code) {
+  if (code == '\n') return "\\n";
+  if (code == '\r') return "\\r";
+  if (code == '\t') return "\\t";
+  const bool control = code < 0x20 || (code >= 0x7f && code < 0xa0);
+  if (!control && code != 0x2028 && code != 0x2029 && !is_invisible(code)) {
+    return std::string(character);
+  }
+  std::array<char, 16> text{};
+  std::snprintf(text.data(), text.size(), "\\u%04x", static_cast<unsigned>(code));
+  return text.data();
+}
+
 utf8proc_int32_t fold(utf8proc_int32_t code, void*) {
   std::array<utf8proc_int32_t, 4> folded{};
   int boundary = UTF8PROC_BOUNDCLASS_START;
@@ -240,7 +254,13 @@ std::string in_quotes(std::string_view phrase, size_t most_characters) {
   for (size_t i = 0; i < most_characters && end < phrase.size(); ++i) {
     end += std::max<size_t>(first_character(phrase.substr(end)).bytes, 1);
   }
-  const std::string shown = readable(phrase.substr(0, end), most_characters);
+  std::string shown;
+  for (std::string_view rest = phrase.substr(0, end); !rest.empty();) {
+    const auto [bytes, code] = first_character(rest);
+    const std::string_view character = rest.substr(0, std::max<size_t>(bytes, 1));
+    shown += bytes > 0 ? escaped(character, code) : std::string(kReplacement);
+    rest.remove_prefix(character.size());
+  }
   return "'" + shown + (end < phrase.size() ? "...'" : "'");
 }
 

@@ -69,8 +69,8 @@ ConceptSet merge(const ConceptSet& earlier, const ConceptSet& later);
 // target that is also preserved, empty or over-long phrases, template counts out of range.
 void validate(const ConceptSet& set);
 
-// `lacuna.concepts/1`. from_json throws Error that names the member at fault; it does not check
-// the rules of validate().
+// `lacuna.concepts/1`. from_json reads every text as it is (parse_concepts judges it), throws Error
+// that names the member at fault; it does not check the rules of validate().
 std::string to_json(const ConceptSet& set);
 ConceptSet concept_set_from_json(std::string_view text);
 

@@ -16,6 +16,8 @@ namespace lacuna {
 // What was understood and what is in doubt, for the report.
 class ReadingNotes {
  public:
+  // What the numbers count from here on, e.g. "concept" of a JSON list; at first "line".
+  void count(std::string_view unit);
   void understood(size_t line, const std::string& what);  // e.g. "bullets left out"
   void doubt(size_t line, const std::string& sentence);
   // One sentence a line: equal ones are told once with the numbers of their lines, doubts last.
@@ -24,10 +26,13 @@ class ReadingNotes {
  private:
   struct Note {
     std::string what;
+    std::string unit;
     std::vector<size_t> lines;
   };
   std::vector<Note> understood_;
-  std::vector<Note> doubts_;
+  std::vector<Note> doubts_;  // the first ones
+  size_t more_doubts_ = 0;
+  std::string unit_ = "line";
 };
 
 struct TypedLine {
@@ -50,11 +55,22 @@ bool is_json_list(std::string_view body);
 std::vector<TypedLine> typed_lines(std::string_view body, const std::string& list,
                                    ReadingNotes& notes);
 
+// What one line or one text of a JSON list says, normalized: what web pages write for characters
+// ("&quot;") is read, bullets and separators at the end are left out.
+std::string without_marks(std::string_view text, size_t number, ReadingNotes& notes);
+
+// The texts of a JSON list, read as lines are, but for comments.
+std::vector<TypedLine> typed_items(const std::vector<std::string>& texts, ReadingNotes& notes);
+
+// Where a phrase stands, for what to advise where "owl - star" may be two.
+enum class PhrasePlace { kTarget, kBesideArrow, kAlone };
+
 // One phrase without quotes and emphasis around it. `where` begins errors, e.g. "concept line 3":
 // prompt syntax (weights, wildcards, LoRAs), punctuation alone, several phrases split by ';'.
-// Commas are a doubt. Empty text stays empty.
+// Commas are a doubt, and so are other marks that may divide it unless it stands in quotes, words
+// that are commands in prompts, and names of embeddings. Empty text stays empty.
 std::string typed_phrase(std::string_view text, size_t line, const std::string& where,
-                         ReadingNotes& notes);
+                         ReadingNotes& notes, PhrasePlace place = PhrasePlace::kBesideArrow);
 // `phrase` without the quotes and the emphasis that stand around all of it, which are noted.
 std::string unquoted(std::string phrase, size_t line, ReadingNotes& notes);
 // The same refusal for a whole line, before it is split.

@@ -10,10 +10,12 @@
 namespace lacuna {
 
 // JSON that strangers wrote: read in linear time, with bounded depth and memory, and refused in a
-// sentence. Of several members of one name the last one counts, as in Python and JavaScript.
+// sentence. Of several members of one name the last one counts, as in Python and JavaScript, unless
+// they must be `unique`.
 struct JsonLimits {
-  size_t depth;   // lists and objects inside each other; [] is 1 deep
-  size_t values;  // of any kind, lists and objects included; one takes up to about 150 bytes
+  size_t depth;         // lists and objects inside each other; [] is 1 deep
+  size_t values;        // of any kind, lists and objects included; one takes up to about 150 bytes
+  bool unique = false;  // two members of one name in one object are an Error
 };
 
 // `what` begins the sentence of every Error, e.g. "the workflow": not UTF-8, not JSON (with line

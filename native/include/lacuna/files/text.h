@@ -53,7 +53,8 @@ size_t count_characters(std::string_view text);
 // between them.
 std::string readable(std::string_view text, size_t most_characters);
 
-// A phrase of a user inside a message: 'phrase', cut after `most_characters`.
+// A phrase of a user inside a message: 'phrase', cut after `most_characters`. On one line: a line
+// feed is shown as \n, another control or invisible character as \u0007.
 std::string in_quotes(std::string_view phrase, size_t most_characters = 60);
 
 }  // namespace lacuna
