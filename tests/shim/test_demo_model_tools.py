@@ -624,6 +624,22 @@ def test_peers_read_text_where_their_authors_read_it(demo) -> None:
     assert "puppy" in concepts.targets and concepts.retained == task["preserve"] + task["prior"]
 
 
+def test_oces_general_prior_is_the_mean_over_tokens_of_captions(
+    demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, clip, _ = demo
+    captions = ["a photo of an owl", "a cat"]
+    file = tmp_path / "captions.txt"
+    file.write_text("\n".join(word for each in captions for word in (each, *"xyz")), "utf-8")
+    monkeypatch.setattr(peers, "GENERIC_CAPTIONS", file)  # every fourth line counts
+    states = clip.encode(captions).double()
+    rows = torch.cat([states[0, :7], states[1, :4]])  # from the start token to the end token
+    moment = peers.caption_moment(clip, [])
+    assert torch.allclose(moment, rows.T @ rows / 11, atol=1e-4)
+    of_words = peers.caption_moment(clip, ["owl"])
+    assert (of_words - moment).norm() > 1 and abs(of_words.trace() / moment.trace() - 1) < 0.1
+
+
 @pytest.mark.parametrize("method", score.PEERS)
 def test_peers_change_prompts_of_the_concept_more(demo, method: str) -> None:
     """With nothing else listed; the first step of a picture tells."""

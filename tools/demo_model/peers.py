@@ -23,7 +23,7 @@ from python_shim.diffusers_host import DiffusersDenoiser
 
 GENERIC_CAPTIONS = Path(__file__).resolve().parents[2] / "native" / "data" / "generic_captions.txt"
 NULL_TEXT_CENTRES = 3
-CAPTION_POSITIONS = 24  # behind these, captions are padding
+CAPTION_POSITIONS = 24  # no caption is longer
 UCE_EXPANSIONS = {
     "style": ("painting by {}", "art by {}", "artwork by {}", "picture by {}", "style of {}"),
     "object": ("image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}"),
@@ -109,10 +109,10 @@ def most_shifted(
 ) -> torch.Tensor:
     """SPEED's influence filter: the retained that an erasure without any of them shifts most
 
-    (|D r|^2 of at least the mean, D the ridge solution of the targets alone).
+    (|D r|^2 of at least the mean, D the solution for the mean over the targets with a ridge of 1).
     """
-    nothing = retained[:, :0]
-    change = least_squares_change(weight, targets, anchors, nothing, preserve=0.0, ridge=1.0)
+    nothing, ridge = retained[:, :0], float(targets.shape[1])
+    change = least_squares_change(weight, targets, anchors, nothing, 0.0, ridge)
     shift = (change @ retained).square().sum(0)
     return retained[:, shift >= shift.mean()]
 
@@ -238,7 +238,7 @@ def invariant_text(clip: Any) -> torch.Tensor:
 
 
 def caption_moment(clip: Any, words: Sequence[str]) -> torch.Tensor:
-    """Mean of c c^T [d, d] over the tokens of captions.
+    """Mean of c c^T [d, d] over the tokens of captions, start and end with them, without padding.
 
     Half of it from general captions, half from training captions of the demo model about the words:
     it knows few words of the others.
@@ -247,12 +247,15 @@ def caption_moment(clip: Any, words: Sequence[str]) -> torch.Tensor:
     known = [template.format(with_article(word)) for word in words for template in TEMPLATES]
     moments = []
     for texts in filter(None, (general, known)):
-        total = torch.zeros(clip.width, clip.width, dtype=torch.float64)
+        total, count = torch.zeros(clip.width, clip.width, dtype=torch.float64), 0
         for start in range(0, len(texts), 100):
-            rows = clip.encode_start(texts[start : start + 100], CAPTION_POSITIONS)
-            rows = rows.flatten(0, 1).double().cpu()
+            part = texts[start : start + 100]
+            states = clip.encode_start(part, CAPTION_POSITIONS)
+            ends = torch.tensor([last_position(clip, text) + 1 for text in part])
+            rows = states[torch.arange(CAPTION_POSITIONS) <= ends[:, None]].double().cpu()
             total += rows.T @ rows
-        moments.append(total / (len(texts) * CAPTION_POSITIONS))
+            count += len(rows)
+        moments.append(total / count)
     return torch.stack(moments).mean(0)
 
 
@@ -323,12 +326,14 @@ def edit_speed(model: Any, clip: Any, concepts: Concepts) -> Any:
     prompt invariant.
 
     Theirs for a few concepts (instances, styles): threshold 1e-1, ridge 1, filtered; for ten and
-    more (celebrities): threshold 1e-4, ridge 0.05, no filter. Ten augmented copies always.
+    more (celebrities): threshold 1e-4, ridge 0.05, no filter. Ten augmented copies always. Their
+    ridge stands beside the mean over the targets, so that it is n times that beside the sum.
     Ours: explicit concepts are a few concepts, too (theirs had no retain set there); 3 centres of
     the empty prompt from evenly spaced starts.
     """
     many = concepts.count >= 10
     threshold, ridge = (1e-4, 0.05) if many else (1e-1, 1.0)
+    ridge *= len(concepts.targets)
     targets, anchors, retained = (
         last_tokens(clip, phrases)
         for phrases in (concepts.targets, concepts.anchors, concepts.retained)
