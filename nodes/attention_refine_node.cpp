@@ -69,7 +69,7 @@ std::string applied(AppliedTo to) {
   return "\nApplied to the conditioning, because this model's weights are packed" + unsaved + ".";
 }
 
-std::string report(const RefinedEdit& edit, double strength, AppliedTo to) {
+std::string report(const RefinedEdit& edit, RetainSetSize asked, double strength, AppliedTo to) {
   const Refinement& refinement = *edit.refinement;
   const LoraExport& lora = edit.lora;
   const double relative_edit = strength * edit.relative_norm;
@@ -84,7 +84,7 @@ std::string report(const RefinedEdit& edit, double strength, AppliedTo to) {
   text += ".\nPreserved: " + std::to_string(refinement.concepts.preserve.size()) +
           " phrases, general prior " + std::string(to_string(refinement.concepts.general_prior)) +
           ".";
-  text += retain_set_line(edit.retained);
+  text += retain_set_line(edit.retained, asked);
   text += format_numbers("\nEdit: %.1f %% of the projections' norm, condition number %.2g",
                          100 * relative_edit, refinement.condition);
   text += refinement.floor_added > 0.0
@@ -145,16 +145,18 @@ std::shared_ptr<const RefinedEdit> refine(Denoiser& model, TextEncoder& clip,
   const at::Tensor rows = entry_rows(model, entries, progress);
   const at::Tensor gram =
       options.adversarial_rounds > 0 ? entry_gram(model, entries, progress) : at::Tensor();
-  RetainSet retained = collect_retain_set(clip, concepts.concepts, settings.retain, progress);
+  RetainSet retained = collect_retain_set(
+      clip, concepts.concepts, retained_size(settings.retain, concepts.concepts), progress);
   FittedGate gate;
   if (settings.gated) {
     // A gate needs words to tell the concepts from, whatever is retained.
-    const bool none = settings.retain == RetainSetSize::kNone;
-    gate =
-        fit_gate(clip, concepts.concepts, concepts.preserve,
-                 none ? collect_retain_set(clip, concepts.concepts, RetainSetSize::kSmall, progress)
-                      : retained,
-                 progress);
+    const RetainSetSize words =
+        settings.retain == RetainSetSize::kNone ? RetainSetSize::kSmall : settings.retain;
+    gate = fit_gate(clip, concepts.concepts, concepts.preserve,
+                    retained.frames.empty()
+                        ? collect_retain_set(clip, concepts.concepts, words, progress)
+                        : retained,
+                    progress);
   }
   retained.kept = {};
   RefinementProblem problem = collect_problem(clip, concepts, options, &statistics, progress);
@@ -361,7 +363,7 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
                        : settings.gated ? AppliedTo::kNamingPrompts
                        : packed         ? AppliedTo::kConditioningOfPacked
                                         : AppliedTo::kConditioning;
-  std::string text = report(*edit, strength, to);
+  std::string text = report(*edit, settings.retain, strength, to);
   if (edit->pooled_lora) {
     text += pooled_report(*edit->pooled_lora);
   } else if (settings.with_pooled) {

@@ -32,8 +32,12 @@ std::string joined(const std::vector<std::string>& names, size_t shown) {
   return text;
 }
 
-std::string retain_set_line(const RetainSet& set) {
-  if (set.frames.empty()) return {};
+std::string retain_set_line(const RetainSet& set, RetainSetSize asked) {
+  if (asked == RetainSetSize::kNone) return {};
+  if (set.frames.empty()) {
+    return "\nRetain set: none, because it would keep the style alive; erase other concepts in a "
+           "node of their own to have it for them.";
+  }
   std::string text = "\nRetain set: " + std::to_string(set.words) + " phrases of the form";
   for (size_t i = 0; i < set.frames.size(); ++i) {
     std::string shown = set.frames[i];

@@ -23,8 +23,8 @@ struct EditSize {
 // "a, b and 3 more": the first `shown` names.
 std::string joined(const std::vector<std::string>& names, size_t shown);
 
-// What the retain set kept and left out, as a line of its own; empty without one.
-std::string retain_set_line(const RetainSet& set);
+// What the retain set kept and left out, as a line of its own; empty when none was asked for.
+std::string retain_set_line(const RetainSet& set, RetainSetSize asked);
 
 // For the report of a node, before anybody draws: a line that says that such an edit damages
 // pictures, and what to change in the node at hand; empty where the edit is of usual size.

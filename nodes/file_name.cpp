@@ -99,7 +99,7 @@ std::string with_time(const std::string& name, const std::tm& now, int64_t width
   });
 }
 
-void check_file_name(const std::string& name) {
+void check_file_name(const std::string& name, bool on_windows) {
   const auto refuse = [&](const std::string& what) {
     throw Error("the filename prefix " + in_quotes(name, 80) + " " + what);
   };
@@ -108,11 +108,11 @@ void check_file_name(const std::string& name) {
     if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) {
       refuse("holds a line break or another control character; remove it");
     }
-    if (kNotInNames.find(c) != std::string_view::npos) {
+    if (on_windows && kNotInNames.find(c) != std::string_view::npos) {
       refuse(std::string("holds '") + c + "', which Windows allows in no file name; remove it");
     }
   }
-  for (size_t at = 0; at < name.size();) {
+  for (size_t at = 0; on_windows && at < name.size();) {
     const size_t end = std::min(name.size(), name.find_first_of("/\\", at));
     const std::string_view part = std::string_view(name).substr(at, end - at);
     at = end + 1;

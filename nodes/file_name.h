@@ -24,10 +24,15 @@ std::string with_widgets(const std::string& name, const WidgetTexts& widgets);
 std::string with_time(const std::string& name, const std::tm& now, int64_t width = 0,
                       int64_t height = 0);
 
-// Throws Error that names the filename prefix: blank, control characters, and what Windows refuses
-// (<>:"|?*, a dot or a space behind a folder, CON and the other devices), so that what is saved on
-// one system can be copied to every other.
-void check_file_name(const std::string& name);
+#ifdef _WIN32
+inline constexpr bool kOnWindows = true;
+#else
+inline constexpr bool kOnWindows = false;
+#endif
+
+// Throws Error that names the filename prefix: blank, control characters, and on Windows what it
+// refuses (<>:"|?*, a dot or a space behind a folder, CON and the other devices).
+void check_file_name(const std::string& name, bool on_windows = kOnWindows);
 
 std::tm local_time();
 

@@ -153,8 +153,8 @@ Selection select(const std::vector<std::shared_ptr<const LoraBundle>>& bundles,
 }
 
 std::string report(const Selection& selection, const FusionOptions& options, const Fusion& fusion,
-                   const LoraExport& lora, const RetainSet& retained, double original_norm,
-                   double strength) {
+                   const LoraExport& lora, const RetainSet& retained, RetainSetSize asked,
+                   double original_norm, double strength) {
   const LoraBundle& bundle = selection.bundle;
   const size_t n = bundle.concepts.size();
   std::map<std::string, double> strength_of;
@@ -175,7 +175,7 @@ std::string report(const Selection& selection, const FusionOptions& options, con
   }
   text += "\nPreserved: " + std::to_string(bundle.preserve.size()) + " phrases, general prior " +
           std::string(to_string(bundle.general_prior)) + ".";
-  text += retain_set_line(retained);
+  text += retain_set_line(retained, asked);
   text += format_numbers("\nEdit: %.3g %% of the projections' norm, condition number %.2g",
                          100 * lora.edit_norm / original_norm, fusion.condition);
   text +=
@@ -332,9 +332,9 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   auto cache = cache_.borrow(kFuseCacheBytes);
   KeptText kept =
       collect_kept_text(*clip, bundle.preserve, bundle.general_prior, erased, &*cache, progress);
-  RetainSet retained =
-      collect_retain_set(*clip, concept_set_of(bundle).concepts,
-                         retain_set_from_string(inputs.string("retain_set")), progress);
+  const std::vector<Concept> fused = concept_set_of(bundle).concepts;
+  const RetainSetSize asked = retain_set_from_string(inputs.string("retain_set"));
+  RetainSet retained = collect_retain_set(*clip, fused, retained_size(asked, fused), progress);
   kept.retain = std::exchange(retained.gram, at::Tensor());
   auto sums = sums_.borrow();
   sums->assign(bundle.concepts);
@@ -349,7 +349,8 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   }
 
   const double original_norm = rows.norm().item<double>();
-  std::string text = report(selection, options, fusion, lora, retained, original_norm, strength);
+  std::string text =
+      report(selection, options, fusion, lora, retained, asked, original_norm, strength);
   NodeResult result;
   result.text = {text};
   result.outputs = {std::move(erased_model), std::make_shared<const LoraTensors>(lora.tensors),

@@ -108,6 +108,15 @@ TEST_F(RetainSetTest, SumsUpEveryWordButTheTargetsAndTheirPlurals) {
                    .gram.defined());
 }
 
+TEST_F(RetainSetTest, NothingIsKeptFromAStyle) {
+  std::vector<Concept> concepts{concept_of("owl")};
+  EXPECT_EQ(retained_size(RetainSetSize::kFull, concepts), RetainSetSize::kFull);
+  EXPECT_EQ(retained_size(RetainSetSize::kNone, concepts), RetainSetSize::kNone);
+  concepts.push_back(concept_of("fauve style"));
+  concepts.back().kind = ConceptKind::kStyle;
+  EXPECT_EQ(retained_size(RetainSetSize::kFull, concepts), RetainSetSize::kNone);
+}
+
 TEST_F(RetainSetTest, WhatContainsATargetIsNotKept) {
   const RetainSet set = collect_retain_set(
       encoder_, {concept_of("owl"), concept_of("nest of river")}, RetainSetSize::kSmall, progress_);

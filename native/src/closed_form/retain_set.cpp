@@ -203,6 +203,13 @@ RetainSetSize retain_set_from_string(std::string_view text) {
   throw Error("unknown retain set " + in_quotes(text) + "; use one of: none, small, full");
 }
 
+RetainSetSize retained_size(RetainSetSize asked, const std::vector<Concept>& concepts) {
+  const bool style = std::any_of(concepts.begin(), concepts.end(), [](const Concept& item) {
+    return item.kind == ConceptKind::kStyle;
+  });
+  return style ? RetainSetSize::kNone : asked;
+}
+
 std::vector<std::string> shared_frames(const std::vector<Concept>& concepts) {
   std::map<std::string, size_t> count;
   for (const Concept& item : concepts) {

@@ -89,16 +89,48 @@ at::Tensor with_row_before(const at::Tensor& embedded) {
   return at::cat({embedded.narrow(0, 1, pairs), embedded.narrow(0, 0, pairs)}, 1);
 }
 
-// The same of what was sampled of prompts, [m, 2 d]; rows: [n, prompts, P, d]
-at::Tensor sampled_pairs(const at::Tensor& rows, int64_t window) {
-  const std::vector<int64_t> places = sampled_positions(window);
-  std::vector<int64_t> now;
-  for (size_t i = 1; i < places.size(); ++i) {
-    if (places[i] == places[i - 1] + 1) now.push_back(static_cast<int64_t>(i));
+// The same of what was sampled of prompts, a block of phrases at a time: those of the full retain
+// set take gigabytes.
+class PairsInBlocks {
+ public:
+  // rows: [phrases, prompts, sampled positions, d] float16
+  PairsInBlocks(const at::Tensor& rows, int64_t window, Progress& progress)
+      : rows_(rows), progress_(progress) {
+    const std::vector<int64_t> places = sampled_positions(window);
+    std::vector<int64_t> now;
+    for (size_t i = 1; i < places.size(); ++i) {
+      if (places[i] == places[i - 1] + 1) now.push_back(static_cast<int64_t>(i));
+    }
+    now_ = at::tensor(now, at::kLong);
   }
-  const at::Tensor at_now = at::tensor(now, at::kLong);
-  return at::cat({rows.index_select(2, at_now), rows.index_select(2, at_now - 1)}, 3);
-}
+
+  int64_t count() const { return rows_.size(0) * rows_.size(1) * now_.size(0); }
+
+  // visit(first phrase, [phrases of the block * prompts, m, 2 d] float32)
+  template <typename Visit>
+  void each(const Visit& visit) const {
+    for (int64_t first = 0; first < rows_.size(0); first += kPhrases) {
+      progress_.check();
+      const at::Tensor block =
+          rows_.narrow(0, first, std::min(kPhrases, rows_.size(0) - first)).flatten(0, 1);
+      visit(first, at::cat({block.index_select(1, now_), block.index_select(1, now_ - 1)}, 2)
+                       .to(at::kFloat));
+    }
+  }
+
+  // [2 d] float64
+  at::Tensor mean() const {
+    at::Tensor sum = at::zeros({2 * rows_.size(3)}, at::kDouble);
+    each([&](int64_t, const at::Tensor& block) { sum += block.sum({0, 1}, false, at::kDouble); });
+    return sum / static_cast<double>(count());
+  }
+
+ private:
+  static constexpr int64_t kPhrases = 64;
+  at::Tensor rows_;
+  Progress& progress_;
+  at::Tensor now_;
+};
 
 std::vector<std::string> plurals(const std::string& phrase) {
   std::vector<std::string> forms{phrase + "s"};
@@ -135,12 +167,14 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
                       retained.kept.prompts.end());
   stay.last = at::cat({retained.kept.last, stay.last});
   stay.rows = at::cat({retained.kept.rows, stay.rows});
-  const at::Tensor pairs = sampled_pairs(stay.rows, window);  // [n, prompts, m, 2 d]
-  const int64_t phrases_kept = pairs.size(0);
-  const at::Tensor others = pairs.reshape({-1, 2 * d}).to(at::kFloat);
-  const at::Tensor mean = others.mean(0, false, at::kDouble);
+  const int64_t phrases_kept = stay.rows.size(0);
+  const PairsInBlocks others(stay.rows, window, progress);
+  const at::Tensor mean = others.mean();
   GramSum spread(2 * d);
-  spread.add(others - mean.to(at::kFloat), kShareOfOthers / static_cast<double>(others.size(0)));
+  others.each([&](int64_t, const at::Tensor& block) {
+    spread.add(block.flatten(0, 1) - mean.to(at::kFloat),
+               kShareOfOthers / static_cast<double>(others.count()));
+  });
 
   // The concepts' own prompts, phrase by phrase.
   std::vector<std::string> named;
@@ -209,12 +243,16 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
 
   // Scores of what must stay, [phrases, k], and thresholds.
   constexpr double kNothing = -1e9;
-  const at::Tensor stay_score = (at::matmul(others, weights.to(at::kFloat)) - zero.to(at::kFloat))
-                                    .reshape({phrases_kept, kRetainPrompts, -1, concepts_named})
-                                    .amax(2)
-                                    .masked_fill(beside, kNothing)
-                                    .amax(1)
-                                    .to(at::kDouble);
+  at::Tensor stay_score = at::zeros({phrases_kept, concepts_named}, at::kDouble);
+  others.each([&](int64_t first, const at::Tensor& block) {
+    const at::Tensor scores = at::matmul(block, weights.to(at::kFloat)) - zero.to(at::kFloat);
+    const int64_t count = block.size(0) / kRetainPrompts;
+    stay_score.narrow(0, first, count)
+        .copy_(scores.amax(1)
+                   .reshape({count, kRetainPrompts, concepts_named})
+                   .masked_fill(beside.narrow(0, first, count), kNothing)
+                   .amax(1));
+  });
   const auto [highest, which] = stay_score.max(0);
   // Unlisted things of a class are as like a target as the other targets of the class are.
   at::Tensor same = at::zeros({concepts_named, concepts_named}, at::kBool);
