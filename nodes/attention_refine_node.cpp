@@ -35,6 +35,8 @@ RefinementOptions read_refinement_options(const NodeInputs& inputs) {
 
 enum class AppliedTo { kNothing, kWeights, kNamingPrompts, kConditioning, kConditioningOfPacked };
 
+constexpr double kNoChange = 1e-9;  // of the projections' norm
+
 // Whatever the edit depends on beside model, text encoder and concepts.
 struct RefineSettings {
   RefinementOptions options;
@@ -90,6 +92,11 @@ std::string report(const RefinedEdit& edit, RetainSetSize asked, double strength
   text += refinement.floor_added > 0.0
               ? format_numbers(", floor %.2g added.", refinement.floor_added)
               : ".";
+  if (strength != 0.0 && edit.relative_norm < kNoChange) {
+    text +=
+        "\nWarning: nothing was changed, because the text encoder reads the concepts as it reads "
+        "their anchors; it may not know these words. Use other words, or another anchor.";
+  }
   // Of prompts that name nothing a gated edit changes nothing.
   if (to != AppliedTo::kNamingPrompts) {
     text += violence_warning({.relative = relative_edit,

@@ -159,7 +159,7 @@ TEST(PastedLists, WhatCanMeanOneThingIsReadAndTold) {
       {"1. pizza\n2. owl -> cat", "pizza / owl>cat", "numbers of lines left out"},
       {"1) pizza\n\n2) owl", "pizza / owl", "Lines 1, 3: numbers"},
       {"1、披萨\n2、猫", "披萨 / 猫", "numbers"},
-      {"1. pizza\n1. owl", "pizza / owl", "numbers"},
+      {"1. pizza\n1. owl\n1. cat", "pizza / owl / cat", "numbers"},
       {"\"owl\"", "owl", "quotes left out"},
       {"“owl” -> 'barn owl' | «uhu», 「梟」", "owl>barn owl|uhu|梟", "quotes left out"},
       {"'owl',\n'ship',", "owl / ship", "separators at the end left out"},
@@ -177,13 +177,13 @@ TEST(PastedLists, WhatCanMeanOneThingIsReadAndTold) {
        "\"owl\"}]}\n```",
        "owl", "fence"},
       {"e\u0301clair", "\u00e9clair", ""},
-      {"1 owl\n2 barn owl\n3 cat", "owl / barn owl / cat",
-       "Lines 1, 2, 3: numbers of lines left out."},
-      {"a. owl\nb. cat -> dog", "owl / cat>dog", "numbers of lines"},
+      {"1 owl\n2 barn owl\n3 cat\n4 cow", "owl / barn owl / cat / cow",
+       "Lines 1, 2, 3, 4: numbers of lines left out."},
+      {"a. owl\nb. cat -> dog\nc. cow\nd. pig", "owl / cat>dog / cow / pig", "numbers of lines"},
       {"a) owl\nb) cat\nc) cow", "owl / cat / cow", "numbers of lines"},
       {"(a) owl\n(b) cat", "owl / cat", "numbers of lines"},
-      {"A. owl\nB. cat\nC. cow", "owl / cat / cow", "numbers of lines"},
-      {"i. owl\nii. cat\niii. cow", "owl / cat / cow", "numbers of lines"},
+      {"A. owl\nB. cat\nC. cow\nD. pig", "owl / cat / cow / pig", "numbers of lines"},
+      {"i. owl\nii. cat\niii. cow\niv. pig", "owl / cat / cow / pig", "numbers of lines"},
       {"[1] owl\n[2] cat", "owl / cat", "numbers of lines"},
       {"1: owl\n2: cat", "owl / cat", "numbers of lines"},
       {"1 - owl\n2 - cat", "owl / cat", "numbers of lines"},
@@ -191,7 +191,12 @@ TEST(PastedLists, WhatCanMeanOneThingIsReadAndTold) {
       {"❶ owl", "owl", "bullets left out"},
       {"1\uFE0F\u20E3 owl\n2\uFE0F\u20E3 cat", "owl / cat", "bullets left out"},
       {"• owl\n🔹 cat", "owl / cat", "bullets left out"},
-      {"[\"1 owl\", \"2 cat\"]", "owl / cat", "Concepts 1, 2: numbers"},
+      {"[\"1 owl\", \"2 cat\", \"3 cow\", \"4 pig\"]", "owl / cat / cow / pig",
+       "Concepts 1, 2, 3, 4: numbers"},
+      {"✔\uFE0F owl\n▪\uFE0Fcat\n☑\uFE0E cow", "owl / cat / cow", "bullets left out"},
+      {"- • owl\n- - cat\n[ ] cow\n[x] pig", "owl / cat / cow / pig", "bullets left out"},
+      {"[ ] owl\n[ ] cat", "owl / cat", "bullets left out"},
+      {"1\towl\n2\tcat\n3\tcow\n4\tpig", "owl / cat / cow / pig", "numbers of lines"},
       {"&quot;owl&quot;", "owl", "signs of web pages"},
       {"Q&amp;A\nthat&#39;s it\nthat&#x27;s all", "Q&A / that's it / that's all",
        "Lines 1, 2, 3: signs of web pages"},
@@ -250,6 +255,10 @@ TEST(PastedLists, GuessesAreDoubts) {
   doubt("1. FC Union", "1. FC Union", "with its number");
   doubt("(owl)", "(owl)", "parentheses");
   doubt("owl\ttree", "owl tree", "a tab inside");
+  doubt("1. owl\tstar\n2. cat\tmoon", "owl star / cat moon", "a tab inside");
+  doubt("1 girl\n2 boys", "1 girl / 2 boys", "with its number");
+  doubt("1. FC Köln\n1. FC Nürnberg", "1. FC Köln / 1. FC Nürnberg", "with its number");
+  doubt("a. dürer\nb. morisot", "a. dürer / b. morisot", "with its number");
   for (const char* pair : {"owl = star", "owl - star", "owl – star", "owl -- star", "owl: star",
                            "owl : star", "owl： star", "owl;star"}) {
     doubt(pair, pair, "write owl -> star if the second is what to draw instead");
@@ -275,10 +284,26 @@ TEST(PastedLists, GuessesAreDoubts) {
 
 // Hyphens, colons and numbers of names are no marks of lists.
 TEST(PastedLists, NamesAreNotTakenForListsOrPairs) {
-  for (const char* list :
-       {"A. Dürer\nB. Spears", "DUNGEONS AND DRAGONS", "john 3:16", "16:9", "re:zero",
-        "1 girl\n2 girls", "12 monkeys\n13 ghosts", "1 -> one\n2 -> two", "AT&T", "R&B;x",
-        "&unknown;x", "&#0;x", "halo:2", "a owl\nb cat", "half-life 2", "e=mc²", "①"}) {
+  for (const char* list : {"A. Dürer\nB. Spears",
+                           "DUNGEONS AND DRAGONS",
+                           "john 3:16",
+                           "16:9",
+                           "re:zero",
+                           "1 girl\n2 girls",
+                           "12 monkeys\n13 ghosts",
+                           "1 -> one\n2 -> two",
+                           "AT&T",
+                           "R&B;x",
+                           "1 dollar\n2 euros\n3 yen",
+                           "1 knife\n2 knives",
+                           "A. Warhol\nB. Ross\nC. Monet",
+                           "①②③",
+                           "&#0;x",
+                           "halo:2",
+                           "a owl\nb cat",
+                           "half-life 2",
+                           "e=mc²",
+                           "①"}) {
     std::string expected;
     for (const std::string& line : split_lines(list)) {
       const size_t arrow = line.find(" -> ");
@@ -367,6 +392,8 @@ TEST(PastedLists, WhatCannotBeMeantIsRefused) {
   refuse("{owl|ship}", "'{owl|ship}' is prompt syntax");
   refuse("[owl:ship:0.5]", "prompt syntax");
   refuse("((owl))", "prompt syntax");
+  refuse("caf&eacute;", "'&eacute;' is a sign of a web page that is not known here");
+  refuse("&copy; disney", "'&copy;' is a sign of a web page");
   refuse("a red owl:1.3", "'owl:1.3' is prompt syntax");
   refuse("owl:1.3, cat:0.8", "'owl:1.3' is prompt syntax");
   refuse("owl:-.5", "prompt syntax");

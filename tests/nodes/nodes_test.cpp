@@ -586,6 +586,21 @@ TEST_P(AttentionRefineTest, TheRetainSetIsNotHeldAgainstAStyle) {
             0.01);
 }
 
+TEST_P(AttentionRefineTest, AnEditOfWordsThatTheEncoderDoesNotKnowIsNoSuccess) {
+  class Deaf final : public FakeTextEncoder {
+   public:
+    using FakeTextEncoder::FakeTextEncoder;
+    at::Tensor encode(const std::vector<std::string>& prompts) override {
+      return at::ones_like(FakeTextEncoder::encode(prompts));
+    }
+  };
+  const char* warning = "Warning: nothing was changed";
+  const auto deaf = std::make_shared<Deaf>(16, device());
+  const std::string report = report_of(run({{"clip", std::shared_ptr<TextEncoder>(deaf)}}));
+  EXPECT_NE(report.find(warning), std::string::npos) << report;
+  EXPECT_EQ(report_of(run()).find(warning), std::string::npos);
+}
+
 // SDXL's pooled vector: edited in its own columns, and only when asked.
 TEST_P(AttentionRefineTest, PooledTextIsAnotherStream) {
   class Encoder final : public FakeTextEncoder {

@@ -308,8 +308,10 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
   int64_t done = 0;
   for (size_t f = 0; f < set.frames.size(); ++f) {
     if (read[f].gram.defined()) continue;
-    progress.status("retain set: reading " + std::to_string(words.size()) + " words as '" +
-                    set.frames[f] + "', once for this text encoder");
+    std::string form = set.frames[f];
+    form.replace(form.find(kSlot), kSlot.size(), "...");
+    progress.status("reading " + std::to_string(words.size()) + " words of the text encoder" +
+                    (f == 0 ? "" : " as '" + form + "'") + ", once for this encoder");
     const std::vector<std::string> filled = fill_all(set.frames[f], words);
     read[f] = read_phrases(
         encoder, filled, all_of(filled), words,

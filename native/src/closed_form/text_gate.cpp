@@ -213,7 +213,7 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
       named.push_back(phrase);
       folded.push_back(fold_case(phrase));
       concept_of.push_back(static_cast<size_t>(&item - concepts.data()));
-      progress.status("gate: " + shown(phrase));
+      progress.status("learning which prompts name " + shown(phrase));
     }
   }
   const at::Tensor within = at::cat(odd);

@@ -118,21 +118,41 @@ bool is_fence(std::string_view line) {
          line.find_first_of(" `~", 3) == std::string_view::npos;
 }
 
-std::string_view without_bullet(std::string_view text) {
+// "[ ] owl", with or without a dash before it.
+std::string_view check_box(std::string_view text) {
+  return prefix_in(text, std::array<std::string_view, 3>{"[ ] ", "[x] ", "[X] "});
+}
+
+// Without one bullet, number in a circle or check box; `text` itself where it has none, or nothing
+// else.
+std::string_view without_one_bullet(std::string_view text) {
   std::string_view rest = text;
   if (const std::string_view mark = prefix_in(text, kBullets); !mark.empty()) {
     rest.remove_prefix(mark.size());
-  } else if (const size_t sign = counting_sign(text); sign > 0) {
+    // "As emoji" or "as text", as telephones write behind them.
+    for (const std::string_view style : {"\xEF\xB8\x8F", "\xEF\xB8\x8E"}) {
+      if (rest.starts_with(style)) rest.remove_prefix(style.size());
+    }
+  } else if (const size_t sign = counting_sign(text);
+             sign > 0 && counting_sign(text.substr(sign)) == 0) {
     rest.remove_prefix(sign);
   } else if (const std::string_view dash = prefix_in(text, kLooseBullets);
              !dash.empty() && text.substr(dash.size()).starts_with(' ')) {
     rest.remove_prefix(dash.size() + 1);
-    for (const std::string_view box : {"[ ] ", "[x] ", "[X] "}) {
-      if (rest.starts_with(box)) rest.remove_prefix(box.size());
-    }
+  } else {
+    rest.remove_prefix(check_box(text).size());
   }
   rest = trimmed(rest);
   return rest.empty() ? text : rest;
+}
+
+// "- • owl", "- [ ] owl"
+std::string_view without_bullet(std::string_view text) {
+  for (std::string_view rest = without_one_bullet(text); rest.size() < text.size();
+       rest = without_one_bullet(text)) {
+    text = rest;
+  }
+  return text;
 }
 
 // The number before a line, as in "1. owl" or "2) owl" or "(3) owl", and its bytes.
@@ -177,7 +197,10 @@ bool has_columns(std::string_view line) {
   if (tab == std::string_view::npos) return false;
   const std::string head = normalize_phrase(line.substr(begin, tab - begin));
   const bool bullet = prefix_in(head, kBullets) == head || prefix_in(head, kLooseBullets) == head;
-  if (bullet || line_number(head + " x")) tab = line.find('\t', line.find_first_not_of(" \t", tab));
+  const auto number = line_number(head + " x");
+  const bool counted = (number && number->bytes == head.size() + 1) ||
+                       head.find_first_not_of("0123456789") == std::string::npos;
+  if (bullet || counted) tab = line.find('\t', line.find_first_not_of(" \t", tab));
   return tab < end;
 }
 
@@ -216,12 +239,11 @@ bool take_marks(std::vector<TypedLine>& lines, ReadingNotes& notes) {
         if (marks.back() == 0) break;
       }
       if (marks.back() == 0) continue;
-      // Initials: "A. Dürer" and "B. Spears".
-      const bool initials = close == "." && lines.size() < 3 && lines[0].text[0] < 'a';
-      if (way > 0 && initials) continue;
-      const std::string first = lines[0].text.substr(marks[0]);
-      const std::string second = lines[1].text.substr(marks[1]);
-      if (second == first || second == first + "s") continue;  // "1 girl" and "2 girls"
+      // Few lines may count what they name, or begin with initials: "1 girl" and "2 boys", "A.
+      // Warhol", "B. Ross" and "C. Monet".
+      constexpr size_t kSurelyCounted = 4;
+      const bool loose = close.empty() || (way > 0 && close == "." && open.empty());
+      if (loose && lines.size() < kSurelyCounted) continue;
       for (size_t i = 0; i < lines.size(); ++i) {
         lines[i].text = std::string(trimmed(std::string_view(lines[i].text).substr(marks[i])));
         notes.understood(lines[i].number, "numbers of lines left out");
@@ -246,7 +268,8 @@ void take_numbers(std::vector<TypedLine>& lines, ReadingNotes& notes) {
     const auto number = line_number(line.text);
     if (number) numbers.push_back(*number);
   }
-  bool counts = lines.size() >= 2 && numbers.size() == lines.size(), ones = counts;
+  bool counts = lines.size() >= 2 && numbers.size() == lines.size();
+  bool ones = counts && lines.size() > 2;  // "1. FC Köln" and "1. FC Nürnberg" are names
   for (size_t i = 0; i < numbers.size(); ++i) {
     counts = counts && (i == 0 || numbers[i].value == numbers[i - 1].value + 1);
     ones = ones && numbers[i].value == 1;  // as Markdown allows
@@ -382,6 +405,7 @@ struct Mark {
   size_t bytes = 0;
 };
 Mark dividing_mark(std::string_view phrase) {
+  const size_t words = phrase.find_first_not_of("0123456789 ");
   const auto spaced = [&](const Mark& mark, bool before, bool after) {
     const bool left = mark.at > 0 && phrase[mark.at - 1] == ' ';
     return (before && left) || (after && phrase.substr(mark.at + mark.bytes).starts_with(' '));
@@ -395,8 +419,7 @@ Mark dividing_mark(std::string_view phrase) {
     if (mark.at == 0) continue;
     const bool last = at == phrase.size();
     const bool dash = begins("-") || begins("–") || begins("—") || begins("−") || begins("/");
-    const bool number =
-        phrase.find_first_not_of("0123456789 ") >= mark.at;  // "2001: a space odyssey"
+    const bool number = words >= mark.at;  // "2001: a space odyssey"
     if ((dash && spaced(mark, true, false) && spaced(mark, false, true)) ||
         (begins("=") && spaced(mark, true, true)) ||
         (begins(":") && (last || spaced(mark, true, true)) && !number) || begins("：") ||
@@ -423,7 +446,7 @@ void doubt_divided(const std::string& phrase, size_t line, PhrasePlace place, Re
 }
 
 // `text` with the characters that "&quot;", "&#39;" and the like stand for, also "&amp;quot;".
-std::string without_entities(std::string_view text) {
+std::string without_entities(std::string_view text, const std::string& where) {
   const auto character = [](std::string_view name) -> std::string {
     for (const auto& [known, meant] : kEntities) {
       if (name == known) return std::string(meant);
@@ -452,6 +475,10 @@ std::string without_entities(std::string_view text) {
       const size_t end = text.substr(0, kLongestName + 1).find(';');
       if (end == std::string_view::npos) break;
       const std::string found = character(text.substr(0, end));
+      if (found.empty() && end > 2 && is_word(text.substr(0, end))) {
+        throw Error(where + ": " + in_quotes("&" + std::string(text.substr(0, end + 1))) +
+                    " is a sign of a web page that is not known here; type the character itself");
+      }
       if (found.empty()) break;
       meant = found;
       text.remove_prefix(end + 1);
@@ -567,11 +594,12 @@ bool is_json_object(std::string_view body) {
 bool is_json_list(std::string_view body) {
   const size_t begin = body.find_first_not_of(" \t\r\n");
   return begin != std::string_view::npos && body[begin] == '[' &&
+         check_box(body.substr(begin)).empty() &&
          is_one_of(body, begin + 1, {"\"", "{", "]", "'", "“", "‘"});
 }
 
 std::string without_marks(std::string_view text, size_t number, ReadingNotes& notes) {
-  const std::string said = without_entities(text);
+  const std::string said = without_entities(text, notes.unit() + " " + std::to_string(number));
   if (said.size() != text.size()) {
     notes.understood(number, "signs of web pages (&quot;, &amp;) read as the characters they mean");
   }

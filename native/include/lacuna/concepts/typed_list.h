@@ -18,6 +18,7 @@ class ReadingNotes {
  public:
   // What the numbers count from here on, e.g. "concept" of a JSON list; at first "line".
   void count(std::string_view unit);
+  const std::string& unit() const { return unit_; }
   void understood(size_t line, const std::string& what);  // e.g. "bullets left out"
   void doubt(size_t line, const std::string& sentence);
   // One sentence a line: equal ones are told once with the numbers of their lines, doubts last.
