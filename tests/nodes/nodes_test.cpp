@@ -590,6 +590,7 @@ TEST_P(AttentionRefineTest, AnEditOfWordsThatTheEncoderDoesNotKnowIsNoSuccess) {
   class Deaf final : public FakeTextEncoder {
    public:
     using FakeTextEncoder::FakeTextEncoder;
+    std::string fingerprint() override { return "deaf"; }
     at::Tensor encode(const std::vector<std::string>& prompts) override {
       return at::ones_like(FakeTextEncoder::encode(prompts));
     }
