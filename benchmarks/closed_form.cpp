@@ -9,7 +9,7 @@
 // singular values 216, 57, 23, 2.7, 0.55, 0.18, 0.077, 0.0098, 0.0019 at 0, 1, 5, 20, 50, 100, 200,
 // 400, 700 of 768; wider ones stretched); text encoding is not part of any figure.
 // naive and batched are timed on one concept and one matrix of each shape and multiplied. Prints
-// one JSON object. Usage: lacuna_bench_closed_form [sd1|sdxl] [concepts ...]
+// one JSON object. Usage: lacuna_bench_closed_form [sd1|sdxl|wide] [concepts ...]
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -26,6 +26,7 @@
 #include "lacuna/closed_form/lora_export.h"
 #include "lacuna/closed_form/low_rank.h"
 #include "lacuna/closed_form/refinement.h"
+#include "lacuna/closed_form/row_fit.h"
 #include "lacuna/closed_form/text_entry.h"
 #include "lacuna/error.h"
 
@@ -207,6 +208,7 @@ json run(const std::string& family, int64_t concepts) {
   TextMap map;
   LoraExport lora;
   const double patch_s = timed([&] { map = text_map(refinement.delta, projections); });
+  const double model_mb = peak_mb() - before_mb;
   const double lora_s = timed([&] {
     const LoraLimits limits{256, 0.01};
     const at::Tensor rows = entry_rows(model, projections, progress);
@@ -224,6 +226,8 @@ json run(const std::string& family, int64_t concepts) {
   out["solve_cpu_s"] = solve_s;
   out["patch_cpu_s"] = patch_s;
   out["lora_cpu_s"] = lora_s;
+  out["model_cpu_s"] = statistics_s + solve_s + patch_s;  // without the LoRA
+  out["model_peak_extra_mb"] = model_mb;
   out["lora_rank"] = lora.rank;
   out["lora_residual"] = lora.residual;
   out["cpu_s"] = statistics_s + solve_s + patch_s + lora_s;
@@ -273,13 +277,36 @@ json run(const std::string& family, int64_t concepts) {
   return out;
 }
 
+// A wide stream (FLUX.2 reads 15,360 columns) by its rows alone: `concepts` phrases in six prompts
+// of which a dozen rows move each, and 600 rows that stay. Random rows: nothing is collinear.
+json run_wide(int64_t width, int64_t concepts) {
+  at::manual_seed(1);
+  const int64_t moving = concepts * 6 * 12;
+  const StreamRows rows{at::randn({moving, width}), at::randn({moving, width}),
+                        at::full({moving}, 1.0 / 6, at::kDouble), at::randn({600, width}),
+                        at::ones({600}, at::kDouble)};
+  json out;
+  const double before_mb = peak_mb();
+  RowFit fit;
+  out["cpu_s"] = timed([&] { fit = fit_rows(rows, kLambda); });
+  out["peak_extra_mb"] = peak_mb() - before_mb;
+  // N - I on the rows that move: nearly T - F, on those that stay: nearly nothing.
+  const at::Tensor read =
+      at::matmul(at::matmul(rows.from.to(at::kDouble), fit.in.t()), fit.out.t());
+  const at::Tensor moved = (rows.to - rows.from).to(at::kDouble);
+  out["left_of_concepts"] = ((read - moved).norm() / moved.norm()).item<double>();
+  return out;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string family = argc > 1 ? argv[1] : "sd1";
   json results;
   for (int i = 2; i < argc; ++i) {
-    results["n" + std::string(argv[i])] = run(family, std::stoll(argv[i]));
+    const int64_t concepts = std::stoll(argv[i]);
+    results["n" + std::string(argv[i])] =
+        family == "wide" ? run_wide(15360, concepts) : run(family, concepts);
   }
   std::printf("%s\n", results.dump(2).c_str());
 }

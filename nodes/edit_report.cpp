@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "lacuna/concepts/prompt_templates.h"
 #include "lacuna/files/text.h"
 
 namespace lacuna {
@@ -40,9 +41,7 @@ std::string retain_set_line(const RetainSet& set, RetainSetSize asked) {
   }
   std::string text = "\nRetain set: " + std::to_string(set.words) + " phrases of the form";
   for (size_t i = 0; i < set.frames.size(); ++i) {
-    std::string shown = set.frames[i];
-    shown.replace(shown.find("{}"), 2, "...");
-    text += (i == 0 ? " \"" : ", \"") + shown + "\"";
+    text += (i == 0 ? " \"" : ", \"") + fill_template(set.frames[i], "...") + "\"";
   }
   text += " from the text encoder's vocabulary.";
   if (!set.left_out.empty()) {

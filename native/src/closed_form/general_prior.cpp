@@ -53,8 +53,7 @@ std::vector<std::string> captions_naming(GeneralPriorSize size,
 at::Tensor general_prior_gram(TextEncoder& encoder, GeneralPriorSize size, Progress& progress) {
   const int64_t d = encoder.width();
   const std::span<const std::string_view> captions = generic_captions(size);
-  at::Tensor gram = at::zeros({d, d}, at::kDouble);
-  if (captions.empty()) return gram;
+  if (captions.empty()) return at::zeros({d, d}, at::kDouble);
 
   std::string cache;
   if (!encoder.cache_directory().empty() && !encoder.fingerprint().empty()) {
@@ -63,15 +62,16 @@ at::Tensor general_prior_gram(TextEncoder& encoder, GeneralPriorSize size, Progr
     if (auto known = load_cached(cache, kPriorFormat, at::kDouble, {d, d})) return *known;
   }
 
+  GramSum sum(d);
   for (size_t begin = 0; begin < captions.size(); begin += kPromptsPerCall) {
     const size_t end = std::min(captions.size(), begin + kPromptsPerCall);
     progress.check();
     const std::vector<std::string> batch(captions.begin() + begin, captions.begin() + end);
-    const at::Tensor rows = encoder.encode(batch).reshape({-1, d}).to(at::kCPU, at::kDouble);
-    add_gram_upper(gram, rows, 1.0 / static_cast<double>(captions.size()));
+    sum.add(encoder.encode(batch).reshape({-1, d}).to(at::kCPU),
+            1.0 / static_cast<double>(captions.size()));
     progress.report(static_cast<int64_t>(end), static_cast<int64_t>(captions.size()));
   }
-  gram = symmetrize_upper(gram);
+  const at::Tensor gram = sum.finish();
   if (!cache.empty()) save_cached(gram, cache, kPriorFormat);
   return gram;
 }

@@ -50,7 +50,7 @@ class BatchEncoder {
           part.size(1) != encoder_.window() || part.size(2) != encoder_.width()) {
         throw Error("the text encoder returned embeddings of an unexpected shape");
       }
-      parts.push_back(part.to(at::kCPU));
+      parts.push_back(part.to(at::kCPU, at::kFloat));
       progress_.report(++done_, total_);
     }
     return at::cat(parts);
@@ -90,36 +90,33 @@ TokenSpan phrase_span(Tokens& tokens, std::string_view prompt_template, const st
   return {begin, begin + count(phrase)};
 }
 
-// The rows that one prompt adds to the least-squares problem.
+// Places of the rows that one prompt adds to the least-squares problem.
 struct PromptRows {
-  at::Tensor positions;  // [k], in the prompt
-  at::Tensor sources;    // [k], in the anchor's prompt
-  at::Tensor from;       // [k, d]: what the model reads there
-  at::Tensor to;         // [k, d]: what it should read instead
+  std::vector<int64_t> kept;     // in the prompt: what reads the same in the anchor's, by causality
+  std::vector<int64_t> from;     // in the prompt: what should read ...
+  std::vector<int64_t> sources;  // ... as this place of the anchor's prompt, pair by pair
 };
 
-// target, anchor: [window, d], the embeddings of the index-th template with phrase and anchor.
+// Of the index-th template with phrase and anchor.
 PromptRows rows_of(Tokens& tokens, const Concept& item, const std::string& phrase, int index,
-                   const RefinementOptions& options, const at::Tensor& target,
-                   const at::Tensor& anchor) {
+                   const RefinementOptions& options, int64_t window) {
   const std::string_view prompt_template = prompt_templates(item.kind)[index];
   PromptPair pair;
   pair.target_ids = tokens.of(fill_template(prompt_template, phrase));
   pair.anchor_ids = tokens.of(fill_template(prompt_template, item.anchor));
   pair.target_phrase = phrase_span(tokens, prompt_template, phrase);
   pair.anchor_phrase = phrase_span(tokens, prompt_template, item.anchor);
-  pair.window = target.size(0);
-  const int64_t prefix = align_tokens(pair.target_ids, pair.anchor_ids, pair.window).prefix;
+  pair.window = window;
+  const int64_t prefix = align_tokens(pair.target_ids, pair.anchor_ids, window).prefix;
   const TokenAlignment rows = edit_method(options.method).rows(pair, options.read_at);
   PromptRows out;
-  out.positions = at::tensor(rows.target, at::kLong);
-  out.from = target.index_select(0, out.positions);
-  out.sources = at::tensor(rows.anchor, at::kLong);
-  out.to = anchor.index_select(0, out.sources);
-  // Identical by causality; what differs there is only rounding between two batches.
   for (size_t k = 0; k < rows.target.size(); ++k) {
     if (rows.target[k] == rows.anchor[k] && rows.target[k] < prefix) {
-      out.to[static_cast<int64_t>(k)].copy_(out.from[static_cast<int64_t>(k)]);
+      // What differs there is only rounding between two batches.
+      out.kept.push_back(rows.target[k]);
+    } else {
+      out.from.push_back(rows.target[k]);
+      out.sources.push_back(rows.anchor[k]);
     }
   }
   return out;
@@ -135,52 +132,63 @@ struct ConceptRows {
 ConceptRows collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& batches,
                             const at::Tensor& anchor_embeddings, const Concept& item,
                             const RefinementOptions& options) {
-  std::vector<at::Tensor> kept{at::zeros({0, encoder.width()})};
+  const int64_t d = encoder.width();
+  const int64_t window = encoder.window();
+  const at::Tensor anchor = anchor_embeddings.reshape({-1, d});
+  std::vector<at::Tensor> kept{at::zeros({0, d})};
   std::vector<at::Tensor> from{kept.front()};
   std::vector<at::Tensor> sources{at::zeros({0}, at::kLong)};
   for (const std::string& phrase : phrases(item)) {
-    const at::Tensor target_embeddings =
-        batches.encode(fill_templates(item.kind, item.templates, phrase));
+    const at::Tensor target =
+        batches.encode(fill_templates(item.kind, item.templates, phrase)).reshape({-1, d});
+    PromptRows all;
     for (int i = 0; i < item.templates; ++i) {
-      const PromptRows rows =
-          rows_of(tokens, item, phrase, i, options, target_embeddings[i], anchor_embeddings[i]);
-      const at::Tensor moves = rows.from.ne(rows.to).any(1);
-      const at::Tensor moving = moves.nonzero().squeeze(1);
-      kept.push_back(rows.from.index_select(0, moves.logical_not().nonzero().squeeze(1)));
-      from.push_back(rows.from.index_select(0, moving));
-      sources.push_back(rows.sources.index_select(0, moving) + i * encoder.window());
+      const PromptRows rows = rows_of(tokens, item, phrase, i, options, window);
+      for (const int64_t place : rows.kept) all.kept.push_back(i * window + place);
+      for (const int64_t place : rows.from) all.from.push_back(i * window + place);
+      for (const int64_t place : rows.sources) all.sources.push_back(i * window + place);
     }
+    kept.push_back(target.index_select(0, at::tensor(all.kept, at::kLong)));
+    from.push_back(target.index_select(0, at::tensor(all.from, at::kLong)));
+    sources.push_back(at::tensor(all.sources, at::kLong));
+    const at::Tensor moves = from.back().ne(anchor.index_select(0, sources.back())).any(1);
+    if (moves.all().item<bool>()) continue;
+    const at::Tensor moving = moves.nonzero().squeeze(1);
+    kept.push_back(from.back().index_select(0, moves.logical_not().nonzero().squeeze(1)));
+    from.back() = from.back().index_select(0, moving);
+    sources.back() = sources.back().index_select(0, moving);
   }
   return {at::cat(kept), at::cat(from), at::cat(sources)};
 }
 
-// Sums concepts that share one anchor: sum (g - f) f^T = G^T H - sum f f^T, where H adds up the
-// rows that move to the same row of the anchor's prompts G. One product for all of them.
+// What concepts that share one anchor move: sum g f^T = G^T H, where H adds up the rows that move
+// to the same row of the anchor's prompts G. One product for all of them.
 class AnchorGroup {
  public:
   AnchorGroup(const at::Tensor& anchor_embeddings, int templates)
       : anchor_(anchor_embeddings.reshape({-1, anchor_embeddings.size(2)})),
-        followers_(at::zeros(anchor_.rows.sizes(), at::kDouble)),
-        edited_(anchor_.rows.size(1)),
+        followers_(at::zeros(anchor_.sizes(), at::kDouble)),
         weight_(1.0 / templates) {}
 
   void add(const ConceptRows& rows) {
-    if (rows.from.size(0) == 0) return;
-    edited_.add(rows.from, weight_);
-    followers_.index_add_(0, rows.sources, rows.from.to(at::kDouble), weight_);
+    // As index_add_, without a float64 copy of the rows.
+    const int64_t d = rows.from.size(1);
+    const at::Tensor from = rows.from.contiguous();
+    const float* row = from.const_data_ptr<float>();
+    const int64_t* source = rows.sources.const_data_ptr<int64_t>();
+    auto* sums = followers_.mutable_data_ptr<double>();
+    for (int64_t i = 0; i < from.size(0); ++i, row += d) {
+      double* sum = sums + source[i] * d;
+      for (int64_t k = 0; k < d; ++k) sum[k] += weight_ * static_cast<double>(row[k]);
+    }
   }
 
-  // edited and shift += what was added
-  void finish(at::Tensor& edited, at::Tensor& shift) const {
-    const at::Tensor sum = edited_.finish();
-    edited.add_(sum);
-    shift.sub_(sum).add_(anchor_.transposed_product(followers_));
-  }
+  // sum g f^T, [d, d]
+  at::Tensor finish() const { return transposed_product(anchor_, followers_); }
 
  private:
-  SplitRows anchor_;      // G, [templates * window, d]
+  at::Tensor anchor_;     // G, [templates * window, d]
   at::Tensor followers_;  // H, likewise, float64
-  GramSum edited_;
   double weight_;
 };
 
@@ -399,7 +407,8 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
     problem.concepts = {(*summed)[0], (*summed)[1], (*summed)[2]};
   } else {
     const int64_t d = encoder.width();
-    problem.concepts = TextStatistics::zeros(d);
+    at::Tensor& shift = problem.concepts.shift = at::zeros({d, d}, at::kDouble);
+    GramSum edited(d);
     GramSum kept_context(d);
     for (const std::string& anchor : anchors) {
       auto& concepts = groups[anchor];
@@ -420,12 +429,15 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
           }
         }
         group.add(*rows);
+        edited.add(rows->from, 1.0 / item->templates);
         kept_context.add(rows->kept, 1.0 / item->templates);
         rows.reset();
       }
-      group.finish(problem.concepts.edited, problem.concepts.shift);
+      shift.add_(group.finish());
       embeddings.reset();
     }
+    problem.concepts.edited = edited.finish();
+    shift.sub_(problem.concepts.edited);
     problem.concepts.kept = kept_context.finish();
     if (cache != nullptr) {
       cache->insert(sum_key,
@@ -440,14 +452,18 @@ AnchoredPrompts anchor_prompts(TextEncoder& encoder, const Concept& item, const 
                                const at::Tensor& anchor, const RefinementOptions& options) {
   Tokens tokens(encoder);
   StatisticsAccumulator sums(context.size(2));
+  const double weight = 1.0 / static_cast<double>(context.size(0));
   AnchoredPrompts out;
   out.context = context.clone();
   int64_t prompt = 0;
   for (const std::string& phrase : phrases(item)) {
     for (int i = 0; i < item.templates; ++i, ++prompt) {
-      const PromptRows rows = rows_of(tokens, item, phrase, i, options, context[prompt], anchor[i]);
-      out.context[prompt].index_copy_(0, rows.positions, rows.to);
-      sums.add_pairs(rows.from, rows.to, 1.0 / static_cast<double>(context.size(0)));
+      const PromptRows rows = rows_of(tokens, item, phrase, i, options, context.size(1));
+      const at::Tensor places = at::tensor(rows.from, at::kLong);
+      const at::Tensor to = anchor[i].index_select(0, at::tensor(rows.sources, at::kLong));
+      sums.add_pairs(context[prompt].index_select(0, places), to, weight);
+      sums.add_kept(context[prompt].index_select(0, at::tensor(rows.kept, at::kLong)), weight);
+      out.context[prompt].index_copy_(0, places, to);
     }
   }
   out.statistics = sums.finish();
@@ -469,38 +485,38 @@ KeptText collect_kept_text(TextEncoder& encoder, const std::vector<PreservedPhra
 Refinement solve_refinement(const RefinementProblem& problem, const RefinementOptions& options,
                             const at::Tensor& entry_gram) {
   check(options);
-  const int64_t d = problem.concepts.width();
-  const at::Tensor identity = at::eye(d, at::kDouble);
-  at::Tensor base = problem.concepts.kept + identity * options.regularization;
-  if (problem.preserve.defined()) base.add_(problem.preserve, options.preserve_weight);
-  if (problem.prior.defined()) base.add_(problem.prior, options.prior_weight);
-  if (problem.retain.defined()) base.add_(problem.retain);
-  at::Tensor edited = problem.concepts.edited.clone();
-  at::Tensor shift = problem.concepts.shift.clone();
+  at::Tensor gram = problem.concepts.kept + problem.concepts.edited;
+  gram.diagonal().add_(options.regularization);
+  if (problem.preserve.defined()) gram.add_(problem.preserve, options.preserve_weight);
+  if (problem.prior.defined()) gram.add_(problem.prior, options.prior_weight);
+  if (problem.retain.defined()) gram.add_(problem.retain);
 
   Refinement result;
   result.matrices = options.matrices;
   result.options = options;
+  at::Tensor shift = problem.concepts.shift;
   const auto solve = [&] {
-    const SpdSolver solver(edited + base, kNoiseFloor);
+    const SpdSolver solver(gram, kNoiseFloor);
     result.condition = solver.condition();
     result.floor_added = solver.floor_added();
     result.delta = solver.solve_right(shift);
   };
   solve();
+  if (options.adversarial_rounds == 0) return result;
+  if (!entry_gram.defined()) throw Error("adversarial rounds need the model's projections");
+  const at::Tensor identity = at::eye(problem.concepts.width(), at::kDouble);
   for (int round = 0; round < options.adversarial_rounds; ++round) {
     // RECE: the embedding f' = T f that the edited model reads like the original reads f,
     //   T = (N^T K N + ridge I)^-1 N^T K,  K = sum over projections of W^T W,
     // becomes another row to edit. T is linear, so the rows themselves are not needed.
-    if (!entry_gram.defined()) throw Error("adversarial rounds need the model's projections");
     const at::Tensor n = identity + result.delta;
     const at::Tensor ntk = at::matmul(n.transpose(0, 1), entry_gram);
     const double ridge = kAdversarialRidge * entry_gram.diagonal().mean().item<double>();
     const at::Tensor t = SpdSolver(at::matmul(ntk, n) + identity * ridge).solve(ntk);
     const at::Tensor tt = t.transpose(0, 1);
     const at::Tensor second = at::matmul(at::matmul(t, problem.concepts.edited), tt);
-    shift += at::matmul(problem.concepts.shift + problem.concepts.edited, tt) - second;
-    edited += second;
+    shift = shift + at::matmul(problem.concepts.shift + problem.concepts.edited, tt) - second;
+    gram.add_(second);
     solve();
   }
   return result;

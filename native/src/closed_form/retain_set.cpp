@@ -111,13 +111,6 @@ FrameStatistics read_phrases(TextEncoder& encoder, const std::vector<std::string
   GramSum sum(d);
   std::vector<at::Tensor> last{at::zeros({0, d}, at::kDouble)};
   std::vector<at::Tensor> rows{at::zeros({0, kRetainPrompts, places.size(0), d}, at::kHalf)};
-  // Sums of larger blocks of rows than one call gives.
-  std::vector<at::Tensor> block;
-  const auto fold = [&] {
-    if (!block.empty()) sum.add(at::cat(block), 1.0 / static_cast<double>(kRetainPrompts));
-    block.clear();
-  };
-  constexpr size_t kCallsPerBlock = 16;
   constexpr size_t kPhrasesPerCall = 2;  // a second on one core: what an interrupt waits for
   for (size_t begin = 0; begin < numbers.size(); begin += kPhrasesPerCall) {
     progress.check();
@@ -126,17 +119,15 @@ FrameStatistics read_phrases(TextEncoder& encoder, const std::vector<std::string
                                    numbers.begin() + static_cast<std::ptrdiff_t>(end));
     const at::Tensor flat =
         encoder.encode(prompts_of(phrases, part, companions)).to(at::kCPU, at::kFloat);
-    block.push_back(flat.reshape({-1, d}));
+    sum.add(flat.reshape({-1, d}), 1.0 / static_cast<double>(kRetainPrompts));
     const at::Tensor read = flat.unflatten(0, {-1, kRetainPrompts});  // [phrases, prompts, T, d]
     last.push_back(read.narrow(1, 0, static_cast<int64_t>(kPlainTemplates.size()))
                        .select(2, read.size(2) - 1)
                        .to(at::kDouble)
                        .mean(1));
     rows.push_back(read.index_select(2, places).to(at::kHalf));
-    if (block.size() == kCallsPerBlock) fold();
     after_read(end - begin);
   }
-  fold();
   return {sum.finish(), at::cat(last), at::cat(rows)};
 }
 
@@ -308,8 +299,7 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
   int64_t done = 0;
   for (size_t f = 0; f < set.frames.size(); ++f) {
     if (read[f].gram.defined()) continue;
-    std::string form = set.frames[f];
-    form.replace(form.find(kSlot), kSlot.size(), "...");
+    const std::string form = fill_template(set.frames[f], "...");
     progress.status("reading " + std::to_string(words.size()) + " words of the text encoder" +
                     (f == 0 ? "" : " as '" + form + "'") + ", once for this encoder");
     const std::vector<std::string> filled = fill_all(set.frames[f], words);

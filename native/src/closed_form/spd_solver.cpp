@@ -5,6 +5,7 @@
 #include <ATen/ops/cholesky_solve.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
+#include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
 
@@ -37,7 +38,7 @@ double dominant_eigenvalue(int64_t d, const std::function<at::Tensor(const at::T
 
 SpdSolver::SpdSolver(const at::Tensor& matrix, double floor_ratio) {
   at::Tensor g = matrix.to(at::kCPU, at::kDouble);
-  g = (g + g.transpose(0, 1)) * 0.5;
+  g = (g + g.transpose(0, 1)).mul_(0.5);
   if (!at::isfinite(g).all().item<bool>()) {
     throw Error("the text statistics hold NaN or infinity; check the text encoder's weights");
   }
@@ -49,8 +50,12 @@ SpdSolver::SpdSolver(const at::Tensor& matrix, double floor_ratio) {
   for (int attempt = 0; attempt < 2; ++attempt) {
     auto [factor, info] = at::linalg_cholesky_ex(g);
     if (info.item<int>() == 0) {
-      const double inverse_norm = dominant_eigenvalue(
-          d, [&factor = factor](const at::Tensor& v) { return at::cholesky_solve(v, factor); });
+      // cholesky_solve would copy the factor at every step.
+      const at::Tensor lower = factor;
+      const double inverse_norm = dominant_eigenvalue(d, [&](const at::Tensor& v) {
+        const at::Tensor half = at::linalg_solve_triangular(lower, v, /*upper=*/false);
+        return at::linalg_solve_triangular(lower.transpose(0, 1), half, /*upper=*/true);
+      });
       const double smallest = inverse_norm > 0.0 ? 1.0 / inverse_norm : 0.0;
       if (attempt > 0 || smallest >= floor) {
         factor_ = factor;

@@ -30,20 +30,12 @@ constexpr JsonLimits kJsonLimits{.depth = 8, .values = 420'000, .unique = true};
 // Reads one text of a JSON; the string names its place for errors.
 using ReadText = std::function<std::string(const std::string&, const std::string&, PhrasePlace)>;
 
-// Where the first of '|' and its full-width form stands, and its size; size 0: nowhere.
-std::pair<size_t, size_t> find_bar(std::string_view text) {
-  constexpr std::string_view kWide = "｜";
-  const size_t plain = text.find('|'), wide = text.find(kWide);
-  if (plain == wide) return {text.size(), 0};
-  return plain < wide ? std::pair(plain, size_t{1}) : std::pair(wide, kWide.size());
-}
-
 std::string read_anchor(const ConceptDefaults& defaults) {
   const std::string where = "the default anchor";
   ReadingNotes unused;
   const std::string typed = without_marks(defaults.anchor, 1, unused);
   if (typed.empty()) return std::string(default_anchor(defaults.kind));
-  if (find_arrow(typed, where) || find_bar(typed).second > 0) {
+  if (holds_arrow_or_bar(typed, where)) {
     throw Error(where + " " + in_quotes(typed) +
                 " holds an arrow or '|'; write one phrase there, and nothing else");
   }
@@ -194,7 +186,7 @@ ReadText pasted_text(size_t number, ReadingNotes& notes) {
   return [number, &notes](const std::string& text, const std::string& where, PhrasePlace place) {
     const std::string typed = without_marks(text, number, notes);
     if (typed.empty()) throw Error(where + " holds an empty text; write a word, or remove it");
-    if (find_arrow(typed, where) || find_bar(typed).second > 0) {
+    if (holds_arrow_or_bar(typed, where)) {
       throw Error(where + ": " + in_quotes(typed) +
                   " holds an arrow or '|'; in this JSON, 'anchor' and 'synonyms' have members of "
                   "their own");

@@ -847,14 +847,24 @@ std::optional<ArrowPlace> find_arrow(std::string_view text, const std::string& w
   return std::nullopt;
 }
 
+std::pair<size_t, size_t> find_bar(std::string_view text) {
+  constexpr std::string_view kWide = "｜";
+  const size_t plain = text.find('|'), wide = text.find(kWide);
+  if (plain == wide) return {text.size(), 0};
+  return plain < wide ? std::pair(plain, size_t{1}) : std::pair(wide, kWide.size());
+}
+
+bool holds_arrow_or_bar(std::string_view text, const std::string& where) {
+  return find_arrow(text, where) || find_bar(text).second > 0;
+}
+
 std::vector<TypedPhrase> typed_phrases(std::string_view text, const std::string& list,
                                        ReadingNotes& notes) {
   const std::string body = list_body(text, list, notes);
   std::vector<TypedPhrase> phrases;
   const auto add = [&](const std::string& said, size_t number, const std::string& where) {
     refuse_prompt_syntax(said, where);
-    if (find_arrow(said, where) || said.find('|') != std::string::npos ||
-        said.find("｜") != std::string::npos) {
+    if (holds_arrow_or_bar(said, where)) {
       throw Error(where + ": " + in_quotes(said) +
                   " holds an arrow or '|'; write one phrase a line, and nothing else");
     }

@@ -22,43 +22,44 @@ struct TextStatistics {
   void add(const TextStatistics& other, double scale = 1.0);
 };
 
-// Rows as along basis^T + rest. along and basis are float64 and hold nearly all of the energy; what
-// is left is so small that float32 products of it are exact enough.
+// Products of text embeddings, as accurate as float64 for half its cost or less.
 //
-// Text embeddings hold nearly all of their energy in a few dozen directions, and a Gram matrix
-// built in float32 alone is wrong by 1e-7 of that energy: too much for the solve. So those
-// directions are found first (randomised range finder, Halko et al. 2011, fixed seed) and
-// multiplied in float64; what is left of the rows is a thousandth of the energy, and float32
-// products of it, of which only the upper triangle is computed, are exact enough. Rows without such
-// directions stay float64 throughout.
-struct SplitRows {
-  // rows: [n, d], float32 or float64 on the CPU
-  explicit SplitRows(const at::Tensor& rows);
-  // rows^T other, [d, d] float64; other: [n, d] float64, rows of the same kind
-  at::Tensor transposed_product(const at::Tensor& other) const;
+// Text embeddings hold nearly all of their energy in a few dozen directions, and a product in
+// float32 alone is wrong by 1e-7 of that energy: too much for the solve. So those directions are
+// found first (randomised range finder with one power step, Halko et al. 2011, fixed seed) and
+// multiplied in float64; what is left of the rows is less than a hundredth of the energy, and
+// float32 products of it are exact enough. Rows without such directions stay float64 throughout.
 
-  // rest^T other, [d, m] float64; other: [n, m] float64. Only if split.
-  at::Tensor rest_product(const at::Tensor& other) const;
+// rows^T other, [d, d] float64; rows: [n, d] float32 or float64, other: [n, d] float64 of the same
+// kind, both on the CPU.
+at::Tensor transposed_product(const at::Tensor& rows, const at::Tensor& other);
 
-  bool split = false;
-  at::Tensor rows;   // [n, d]: as given
-  at::Tensor basis;  // [d, k], only if split
-  at::Tensor along;  // [n, k], only if split
-  at::Tensor rest;   // [n, d] float32, only if split
-};
-
-// Sum of weight f f^T over rows, as accurate as float64 products for half their cost.
+// Sum of weight f f^T over rows, of which only the upper triangle is computed. The directions found
+// in the first rows serve all that follow, for as long as they hold their energy.
 class GramSum {
  public:
   explicit GramSum(int64_t width);
-  // rows: [n, d], float32 or float64 on the CPU
+  // rows: [n, d], float32 or float64 on the CPU; weight >= 0
   void add(const at::Tensor& rows, double weight = 1.0);
-  // [d, d] float64, symmetric
-  at::Tensor finish() const;
+  // [d, d] float64, symmetric. Ends the sum: nothing may be added afterwards.
+  at::Tensor finish();
 
  private:
-  at::Tensor upper_;  // [d, d]: only the upper triangle counts
-  at::Tensor half_;   // [d, d] or undefined: half_ + half_^T belongs to the sum
+  void fold();
+  bool fold_parts(at::Tensor& block);
+  void fold_rest();
+  void expand();
+
+  at::Tensor held_;  // [rows at once, d] float64: rows that are not folded yet
+  int64_t held_rows_ = 0;
+  at::Tensor single_;      // room for them in float32
+  at::Tensor basis_;       // [k, d] float64, orthonormal rows; undefined until needed
+  at::Tensor inner_;       // [k, k] float64: sum along^T along, where rows = along basis + rest
+  at::Tensor cross_;       // [k, d] float64: sum along^T rest
+  at::Tensor rest_upper_;  // [d, d] float32: sum rest^T rest of the last rows
+  int64_t rest_rows_ = 0;
+  at::Tensor upper_;  // [d, d] float64: only the upper triangle counts
+  at::Tensor half_;   // [d, d] float64 or undefined: half_ + half_^T belongs to the sum
 };
 
 // Statistics of pairs of embeddings, prompt by prompt.
@@ -71,7 +72,8 @@ class StatisticsAccumulator {
   // rows: [n, d]
   void add_kept(const at::Tensor& rows, double weight = 1.0);
 
-  TextStatistics finish() const;
+  // Ends the sums.
+  TextStatistics finish();
 
  private:
   int64_t width_;

@@ -87,6 +87,10 @@ struct ArrowPlace {
   size_t size;
 };
 std::optional<ArrowPlace> find_arrow(std::string_view text, const std::string& where);
+// Where the first of '|' and its full-width form stands, and its size; size 0: nowhere.
+std::pair<size_t, size_t> find_bar(std::string_view text);
+// Whether there is anything in it that parts a phrase from something else. Throws as find_arrow.
+bool holds_arrow_or_bar(std::string_view text, const std::string& where);
 
 // A list of phrases and nothing else, one a line or as a JSON list of texts: what to preserve,
 // neighbours. `list` names it as above. Throws Error for arrows and '|', too.
