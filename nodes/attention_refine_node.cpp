@@ -103,6 +103,8 @@ std::string report(const RefinedEdit& edit, RetainSetSize asked, double strength
                               .strength = strength,
                               .concepts = n,
                               .preserved = refinement.concepts.preserve.size(),
+                              .retain_asked = asked,
+                              .retained = edit.retained.words,
                               .general_prior = refinement.concepts.general_prior,
                               .regularization = refinement.options.regularization});
   }

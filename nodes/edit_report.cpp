@@ -17,7 +17,10 @@ namespace {
 //   neither prior nor list:     27 %: 8, 8 of 8      48 % (ten concepts): 0, 1 of 8    80, 133 %:
 //   none 17 to 67 listed phrases, regularization 0 to 1: listed things stay whatever the size; of
 //     neighbours 721 % leaves 17 of 20 (one concept), 652 % 4 of 12 (ten), 1507 % none (a hundred)
+//   a retain set (small), of 40 neighbours and 20 unrelated: 231 % (one concept): 40, 20
+//     344 % (five flags): 39, 20    632 % (ten concepts): 40, 20
 constexpr double kBearable = 1.5;
+constexpr double kBearableRetained = 6.5;
 constexpr double kBearableUnheld = 0.35;  // where nothing holds the rest of the model in place
 
 // What the demo model needs for each concept (assets/demo_model/README.md).
@@ -52,7 +55,9 @@ std::string retain_set_line(const RetainSet& set, RetainSetSize asked) {
 
 std::string violence_warning(const EditSize& edit) {
   const bool unheld = edit.general_prior == GeneralPriorSize::kNone && edit.preserved == 0;
-  const double bearable = unheld ? kBearableUnheld : kBearable;
+  const double bearable = edit.retained > 0 ? kBearableRetained
+                          : unheld          ? kBearableUnheld
+                                            : kBearable;
   if (edit.relative <= bearable) return "";
   std::vector<std::string> advice;
   const double enough = std::max(kLeastRegularization,
@@ -60,6 +65,7 @@ std::string violence_warning(const EditSize& edit) {
   advice.push_back(edit.regularization < enough
                        ? format_numbers("raise 'regularization' to %.4g or more", enough)
                        : "raise 'regularization' further");
+  if (edit.retain_asked == RetainSetSize::kNone) advice.emplace_back("set 'retain set' to small");
   if (edit.strength > 1.0) advice.emplace_back("lower 'strength' to 1");
   if (edit.general_prior == GeneralPriorSize::kNone) {
     advice.emplace_back("choose a 'general prior' in Concept Set");

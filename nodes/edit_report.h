@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,8 @@ struct EditSize {
   double strength = 1.0;
   size_t concepts = 0;
   size_t preserved = 0;
+  RetainSetSize retain_asked = RetainSetSize::kNone;
+  int64_t retained = 0;  // phrases of the retain set
   GeneralPriorSize general_prior = GeneralPriorSize::kNone;
   double regularization = 0.0;
 };

@@ -184,6 +184,8 @@ std::string report(const Selection& selection, const FusionOptions& options, con
                             .strength = strength,
                             .concepts = n,
                             .preserved = bundle.preserve.size(),
+                            .retain_asked = asked,
+                            .retained = retained.words,
                             .general_prior = bundle.general_prior,
                             .regularization = options.regularization});
   text += strength == 0.0 ? "\nStrength 0: the model is unchanged." : "\nApplied to the weights.";

@@ -14,6 +14,7 @@
 #include "lacuna/files/safetensors_file.h"
 #include "nodes/attention_refine_node.h"
 #include "nodes/concept_set_node.h"
+#include "nodes/edit_report.h"
 #include "nodes/file_name.h"
 #include "nodes/node_registry.h"
 #include "nodes/save_lora_node.h"
@@ -412,6 +413,31 @@ TEST_P(AttentionRefineTest, TheReportWarnsOfViolentEdits) {
                            "lower 'strength'", "'general prior'", "'preserve'"}) {
     EXPECT_NE(violent.find(part), std::string::npos) << violent;
   }
+}
+
+TEST(ViolenceWarningTest, JudgesByWhatHoldsTheRestOfTheModel) {
+  const auto warning = [](double relative, RetainSetSize asked, int64_t retained,
+                          GeneralPriorSize prior) {
+    return violence_warning({.relative = relative,
+                             .concepts = 1,
+                             .preserved = 0,
+                             .retain_asked = asked,
+                             .retained = retained,
+                             .general_prior = prior,
+                             .regularization = 10.0});
+  };
+  const auto none = RetainSetSize::kNone, small = RetainSetSize::kSmall;
+  const auto prior = GeneralPriorSize::kSmall, no_prior = GeneralPriorSize::kNone;
+  EXPECT_EQ(warning(0.3, none, 0, no_prior), "");
+  EXPECT_NE(warning(0.5, none, 0, no_prior), "");
+  EXPECT_EQ(warning(1.4, none, 0, prior), "");
+  EXPECT_NE(warning(2.0, none, 0, prior).find("set 'retain set' to small"), std::string::npos);
+  EXPECT_EQ(warning(6.3, small, 199, prior), "");
+  EXPECT_NE(warning(8.0, small, 199, prior), "");
+  // A style is erased without the words that were asked for.
+  const std::string style = warning(2.0, small, 0, prior);
+  EXPECT_NE(style, "");
+  EXPECT_EQ(style.find("retain set"), std::string::npos) << style;
 }
 
 TEST_P(AttentionRefineTest, ValueOnlyLeavesKeysAlone) {

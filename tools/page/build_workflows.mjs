@@ -19,8 +19,10 @@ const NOTES = {
 
 For a word of your own: type it into **Concept Set**, one phrase a line, *target -> what to draw instead*, and into **Prompt**. List what must stay under *preserve*. Press Run.
 
+The edit acts on prompts that name a concept; every other prompt is drawn by the model as it was. The first run takes longer: it reads the words that must stay, once for each text encoder.
+
 Works with SD1.x, SD2.x and SDXL checkpoints: choose yours, and set width and height to its size. The small demo model draws 64 x 64.`,
-  erase_words_save_lora: `As *erase_words*, and the edit is also saved as a LoRA in *output/loras*: it loads in ComfyUI, A1111/Forge and diffusers like any other.
+  erase_words_save_lora: `As *erase_words*, but the edit is one of the weights, and saved as a LoRA in *output/loras*, which loads in ComfyUI, A1111/Forge and diffusers like any other. Weights act on every prompt: *where* says so.
 
 Strength 1.0 of that LoRA is the strength set in **Attention Refine**. The report says what its rank leaves out.`,
   erase_style_keep_neighbours: `One style is erased, the styles next to it are listed under *preserve* and stay. The lower pictures show one of those.
