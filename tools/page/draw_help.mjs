@@ -24,9 +24,7 @@ const [url] = process.argv.slice(2);
 const { browser, page } = await openPage(url, { width: 1500, height: 900 });
 await page.evaluate(async () => {
   const { setting } = window.app.extensionManager;
-  for (const panel of ["Comfy.Minimap.Visible", "Comfy.RightSidePanel.IsOpen"]) {
-    await setting.set(panel, false).catch(() => {}); // older pages have no such panel
-  }
+  for (const panel of ["Comfy.Minimap.Visible", "Comfy.RightSidePanel.IsOpen"]) await setting.set(panel, false);
 });
 for (const [name, [workflow, layout]] of Object.entries(GRAPHS)) {
   const api = JSON.parse(await readFile(`${ROOT}workflows/api/${workflow}.json`, "utf8"));
