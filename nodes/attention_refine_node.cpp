@@ -11,6 +11,7 @@
 #include "lacuna/closed_form/low_rank.h"
 #include "lacuna/closed_form/pooled_text.h"
 #include "lacuna/closed_form/text_entry.h"
+#include "lacuna/concepts/written_forms.h"
 #include "lacuna/files/text.h"
 #include "nodes/common_inputs.h"
 #include "nodes/edit_report.h"
@@ -154,8 +155,11 @@ std::shared_ptr<const RefinedEdit> refine(Denoiser& model, TextEncoder& clip,
   const at::Tensor rows = entry_rows(model, entries, progress);
   const at::Tensor gram =
       options.adversarial_rounds > 0 ? entry_gram(model, entries, progress) : at::Tensor();
-  RetainSet retained = collect_retain_set(
-      clip, concepts.concepts, retained_size(settings.retain, concepts.concepts), progress);
+  RetainSet retained =
+      collect_retain_set(clip, concepts.concepts, retained_size(settings.retain, concepts.concepts),
+                         progress, &statistics);
+  RefinementProblem problem = collect_problem(clip, concepts, options, &statistics, progress);
+  problem.retain = std::exchange(retained.gram, at::Tensor());
   FittedGate gate;
   if (settings.gated) {
     // A gate needs words to tell the concepts from, whatever is retained.
@@ -163,13 +167,11 @@ std::shared_ptr<const RefinedEdit> refine(Denoiser& model, TextEncoder& clip,
         settings.retain == RetainSetSize::kNone ? RetainSetSize::kSmall : settings.retain;
     gate = fit_gate(clip, concepts.concepts, concepts.preserve,
                     retained.frames.empty()
-                        ? collect_retain_set(clip, concepts.concepts, words, progress)
+                        ? collect_retain_set(clip, concepts.concepts, words, progress, &statistics)
                         : retained,
-                    progress);
+                    progress, &statistics);
   }
   retained.kept = {};
-  RefinementProblem problem = collect_problem(clip, concepts, options, &statistics, progress);
-  problem.retain = std::exchange(retained.gram, at::Tensor());
   Refinement refinement = solve_refinement(problem, options, gram);
   refinement.concepts = concepts;
   refinement.encoder_fingerprint = clip.fingerprint();

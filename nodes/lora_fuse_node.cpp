@@ -336,7 +336,8 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
       collect_kept_text(*clip, bundle.preserve, bundle.general_prior, erased, &*cache, progress);
   const std::vector<Concept> fused = concept_set_of(bundle).concepts;
   const RetainSetSize asked = retain_set_from_string(inputs.string("retain_set"));
-  RetainSet retained = collect_retain_set(*clip, fused, retained_size(asked, fused), progress);
+  RetainSet retained =
+      collect_retain_set(*clip, fused, retained_size(asked, fused), progress, &*cache);
   kept.retain = std::exchange(retained.gram, at::Tensor());
   auto sums = sums_.borrow();
   sums->assign(bundle.concepts);

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <set>
 
+#include "lacuna/closed_form/refinement.h"
+#include "lacuna/concepts/written_forms.h"
 #include "lacuna/files/text.h"
 #include "support/fake_host.h"
 #include "support/random_data.h"
@@ -17,7 +19,7 @@ using testing::FakeTextEncoder;
 class TextGateTest : public ::testing::Test {
  protected:
   TextGateTest() {
-    for (int i = 0; i < 60; ++i) encoder_.vocabulary_.push_back(word(i));
+    for (int i = 0; i < 100; ++i) encoder_.vocabulary_.push_back(word(i));
     for (const char* target : {"owl", "red fox"}) {
       Concept item;
       item.target = target;
@@ -131,6 +133,40 @@ TEST_F(TextGateTest, SaysWhatItCannotTellApart) {
   ASSERT_EQ(fitted.confused.size(), 1u);
   EXPECT_EQ(fitted.confused.front(), "'owl' from 'owl'");
   EXPECT_TRUE(opened(fitted, {"a photo of owl"}).front());
+}
+
+// What the closed form has read is not read again, and nothing at all of a concept that is known.
+TEST_F(TextGateTest, NothingIsReadTwice) {
+  encoder_.fingerprint_ = "encoder";
+  StatisticsCache cache(64 << 20);
+  ConceptSet set;
+  set.general_prior = GeneralPriorSize::kNone;
+  set.concepts = concepts_;
+  const auto read_prompts = [&](StatisticsCache* known) {
+    encoder_.encoded_prompts = 0;
+    fit_gate(encoder_, set.concepts, {}, retained_, progress_, known);
+    return encoder_.encoded_prompts;
+  };
+  const int64_t anew = read_prompts(nullptr);
+  collect_problem(encoder_, set, {}, &cache, progress_);
+  EXPECT_EQ(read_prompts(&cache), anew - 2 * kPromptEnds);
+  EXPECT_EQ(read_prompts(&cache), 0);
+  const FittedGate known = fit_gate(encoder_, concepts_, {}, retained_, progress_, &cache);
+  const FittedGate fresh = fit_gate(encoder_, concepts_, {}, retained_, progress_);
+  for (size_t i = 0; i < fresh.gate->tests.size(); ++i) {
+    EXPECT_LT(testing::relative_difference(known.gate->tests[i].now, fresh.gate->tests[i].now),
+              1e-6);
+  }
+}
+
+TEST(StatisticsCache, RoomIsMadeByWhatIsLarge) {
+  StatisticsCache cache(512 * 100);
+  const at::Tensor small = at::zeros({10});
+  cache.insert("small", {small});
+  for (int i = 0; i < 10; ++i) cache.insert(std::to_string(i), {at::zeros({5000})});
+  EXPECT_NE(cache.find("small"), nullptr);
+  EXPECT_EQ(cache.find("0"), nullptr);
+  EXPECT_LE(cache.bytes(), 512 * 100);
 }
 
 TEST_F(TextGateTest, SameInputsGiveTheSameGate) {

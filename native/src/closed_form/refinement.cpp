@@ -13,6 +13,7 @@
 #include <cmath>
 #include <map>
 #include <optional>
+#include <unordered_map>
 
 #include "lacuna/closed_form/general_prior.h"
 #include "lacuna/closed_form/spd_solver.h"
@@ -131,7 +132,7 @@ struct ConceptRows {
 
 ConceptRows collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& batches,
                             const at::Tensor& anchor_embeddings, const Concept& item,
-                            const RefinementOptions& options) {
+                            const RefinementOptions& options, StatisticsCache* cache) {
   const int64_t d = encoder.width();
   const int64_t window = encoder.window();
   const at::Tensor anchor = anchor_embeddings.reshape({-1, d});
@@ -139,8 +140,12 @@ ConceptRows collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& 
   std::vector<at::Tensor> from{kept.front()};
   std::vector<at::Tensor> sources{at::zeros({0}, at::kLong)};
   for (const std::string& phrase : phrases(item)) {
-    const at::Tensor target =
-        batches.encode(fill_templates(item.kind, item.templates, phrase)).reshape({-1, d});
+    const at::Tensor read = batches.encode(fill_templates(item.kind, item.templates, phrase));
+    if (cache != nullptr) {
+      cache->insert(prompt_ends_key(encoder.fingerprint(), item.kind, item.templates, phrase),
+                    {read.select(1, window - 1).slice(0, 0, kPromptEnds).clone()});
+    }
+    const at::Tensor target = read.reshape({-1, d});
     PromptRows all;
     for (int i = 0; i < item.templates; ++i) {
       const PromptRows rows = rows_of(tokens, item, phrase, i, options, window);
@@ -336,27 +341,6 @@ void check_phrases(TextEncoder& encoder, const ConceptSet& set) {
     check_fit(item.kind, item.templates, item.phrase);
 }
 
-const std::vector<at::Tensor>* StatisticsCache::find(const std::string& key) {
-  auto it = index_.find(key);
-  if (it == index_.end()) return nullptr;
-  entries_.splice(entries_.begin(), entries_, it->second);
-  return &entries_.front().tensors;
-}
-
-void StatisticsCache::insert(const std::string& key, std::vector<at::Tensor> tensors) {
-  int64_t bytes = 0;
-  for (const at::Tensor& tensor : tensors) bytes += static_cast<int64_t>(tensor.nbytes());
-  if (index_.contains(key) || bytes > capacity_) return;
-  bytes_ += bytes;
-  entries_.push_front({key, std::move(tensors), bytes});
-  index_[key] = entries_.begin();
-  while (bytes_ > capacity_) {
-    bytes_ -= entries_.back().bytes;
-    index_.erase(entries_.back().key);
-    entries_.pop_back();
-  }
-}
-
 RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
                                   const RefinementOptions& options, StatisticsCache* cache,
                                   Progress& progress) {
@@ -422,7 +406,7 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
       for (auto& [item, rows] : concepts) {
         progress.check();
         if (!rows) {
-          rows = collect_concept(encoder, tokens, batches, embeddings, *item, options);
+          rows = collect_concept(encoder, tokens, batches, embeddings, *item, options, cache);
           if (cache != nullptr) {
             cache->insert(cache_key(fingerprint, *item, options),
                           {rows->kept, rows->from, rows->sources});

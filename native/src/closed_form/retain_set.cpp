@@ -37,7 +37,7 @@ constexpr double kCountedWords = 250.0;
 constexpr double kSharedFrameWeight = 0.02;
 constexpr size_t kShortestWord = 3;
 // Raised when words, templates or the format change, so that old cache files are not used.
-constexpr std::string_view kRetainFormat = "lacuna.retain_set/3";
+constexpr std::string_view kRetainFormat = "lacuna.retain_set/4";
 
 size_t wanted_words(RetainSetSize size) {
   return size == RetainSetSize::kFull ? 2000 : size == RetainSetSize::kSmall ? 200 : 0;
@@ -81,6 +81,25 @@ std::vector<std::string> retain_prompts(const std::string& phrase, size_t number
   return prompts;
 }
 
+// [positions] float32: how many rows of a window each sampled one stands for. Those of the padding
+// differ little from one to the next, so that a pair stands for all since the pair before.
+at::Tensor rows_stood_for(int64_t window) {
+  const std::vector<int64_t> places = sampled_positions(window);
+  std::vector<float> weights(places.size(), 1.0F);
+  for (size_t i = 1; i + 1 < places.size(); ++i) {
+    if (places[i] == places[i - 1] + 1) continue;
+    const auto since = static_cast<float>(places[i + 1] - places[i - 1]);
+    weights[i] = weights[i + 1] = since / 2;
+  }
+  return at::tensor(weights);
+}
+
+// The Gram matrix of whole prompts, from what was sampled of them; rows: [prompts, positions, d].
+void add_sampled(GramSum& sum, const at::Tensor& rows, int64_t window) {
+  const at::Tensor scale = rows_stood_for(window).sqrt().unsqueeze(1);
+  sum.add((rows.to(at::kFloat) * scale).flatten(0, 1), 1.0 / static_cast<double>(kRetainPrompts));
+}
+
 // The prompts of phrases, in order.
 std::vector<std::string> prompts_of(const std::vector<std::string>& phrases,
                                     const std::vector<size_t>& numbers,
@@ -96,14 +115,13 @@ std::vector<std::string> prompts_of(const std::vector<std::string>& phrases,
 
 // What the closed form keeps, and what tells phrases apart.
 struct FrameStatistics {
-  at::Tensor gram;  // [d, d], sum over phrases
+  at::Tensor gram;  // [d, d], sum over phrases of the mean over their prompts
   at::Tensor last;  // PhraseRows
   at::Tensor rows;
 };
 
-// numbers: which of `phrases` to read; after_read: is told how many were read more.
+// after_read: is told how many phrases were read more.
 FrameStatistics read_phrases(TextEncoder& encoder, const std::vector<std::string>& phrases,
-                             const std::vector<size_t>& numbers,
                              const std::vector<std::string>& companions,
                              const std::function<void(size_t)>& after_read, Progress& progress) {
   const int64_t d = encoder.width();
@@ -112,59 +130,43 @@ FrameStatistics read_phrases(TextEncoder& encoder, const std::vector<std::string
   std::vector<at::Tensor> last{at::zeros({0, d}, at::kDouble)};
   std::vector<at::Tensor> rows{at::zeros({0, kRetainPrompts, places.size(0), d}, at::kHalf)};
   constexpr size_t kPhrasesPerCall = 2;  // a second on one core: what an interrupt waits for
-  for (size_t begin = 0; begin < numbers.size(); begin += kPhrasesPerCall) {
+  for (size_t begin = 0; begin < phrases.size(); begin += kPhrasesPerCall) {
     progress.check();
-    const size_t end = std::min(numbers.size(), begin + kPhrasesPerCall);
-    const std::vector<size_t> part(numbers.begin() + static_cast<std::ptrdiff_t>(begin),
-                                   numbers.begin() + static_cast<std::ptrdiff_t>(end));
-    const at::Tensor flat =
-        encoder.encode(prompts_of(phrases, part, companions)).to(at::kCPU, at::kFloat);
-    sum.add(flat.reshape({-1, d}), 1.0 / static_cast<double>(kRetainPrompts));
-    const at::Tensor read = flat.unflatten(0, {-1, kRetainPrompts});  // [phrases, prompts, T, d]
+    std::vector<size_t> part(std::min(kPhrasesPerCall, phrases.size() - begin));
+    std::iota(part.begin(), part.end(), begin);
+    const at::Tensor read = encoder.encode(prompts_of(phrases, part, companions))
+                                .to(at::kCPU, at::kFloat)
+                                .unflatten(0, {-1, kRetainPrompts});  // [phrases, prompts, T, d]
     last.push_back(read.narrow(1, 0, static_cast<int64_t>(kPlainTemplates.size()))
                        .select(2, read.size(2) - 1)
                        .to(at::kDouble)
                        .mean(1));
     rows.push_back(read.index_select(2, places).to(at::kHalf));
-    after_read(end - begin);
+    add_sampled(sum, rows.back().flatten(0, 1), encoder.window());
+    after_read(part.size());
   }
   return {sum.finish(), at::cat(last), at::cat(rows)};
 }
 
-at::Tensor gram_of(TextEncoder& encoder, const std::vector<std::string>& prompts,
-                   Progress& progress) {
-  GramSum sum(encoder.width());
-  for (size_t begin = 0; begin < prompts.size(); begin += kPromptsPerCall) {
-    progress.check();
-    const size_t end = std::min(prompts.size(), begin + kPromptsPerCall);
-    sum.add(encoder
-                .encode({prompts.begin() + static_cast<std::ptrdiff_t>(begin),
-                         prompts.begin() + static_cast<std::ptrdiff_t>(end)})
-                .to(at::kCPU, at::kFloat)
-                .reshape({-1, encoder.width()}),
-            1.0);
-  }
-  return sum.finish();
-}
-
 // The last row of the window, mean over the plain templates: [n, d] float64.
 at::Tensor last_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
-                     Progress& progress) {
+                     StatisticsCache* cache, Progress& progress) {
+  const std::string fingerprint = encoder.fingerprint();
+  if (fingerprint.empty()) cache = nullptr;
   std::vector<at::Tensor> last{at::zeros({0, encoder.width()}, at::kDouble)};
   for (const std::string& phrase : phrases) {
     progress.check();
-    std::vector<std::string> prompts;
-    for (std::string_view each : kPlainTemplates) prompts.push_back(fill_template(each, phrase));
-    const at::Tensor read = encoder.encode(prompts).to(at::kCPU, at::kDouble);
-    last.push_back(read.select(1, read.size(1) - 1).mean(0, /*keepdim=*/true));
+    last.push_back(remembered(cache, fingerprint + "\nlast row\n" + phrase, [&] {
+                     std::vector<std::string> prompts;
+                     for (std::string_view each : kPlainTemplates) {
+                       prompts.push_back(fill_template(each, phrase));
+                     }
+                     const at::Tensor read = encoder.encode(prompts).to(at::kCPU, at::kDouble);
+                     return std::vector<at::Tensor>{
+                         read.select(1, read.size(1) - 1).mean(0, /*keepdim=*/true)};
+                   }).front());
   }
   return at::cat(last);
-}
-
-std::vector<size_t> all_of(const std::vector<std::string>& phrases) {
-  std::vector<size_t> numbers(phrases.size());
-  std::iota(numbers.begin(), numbers.end(), size_t{0});
-  return numbers;
 }
 
 std::string cache_path(TextEncoder& encoder, const std::string& frame, RetainSetSize size) {
@@ -221,11 +223,18 @@ std::vector<std::string> shared_frames(const std::vector<Concept>& concepts) {
   for (const auto& [frame, times] : count) {
     if (times >= enough) shared.emplace_back(times, frame);
   }
-  std::stable_sort(shared.begin(), shared.end(),
-                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::stable_sort(shared.begin(), shared.end(), [](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first > b.first : a.second.size() < b.second.size();
+  });
   std::vector<std::string> frames{std::string(kSlot)};
+  const auto said = [](const std::string& frame) { return frame.substr(0, frame.find(kSlot)); };
   for (const auto& [times, frame] : shared) {
-    if (frames.size() < kMostFrames) frames.push_back(frame);
+    // "flag of christmas {}" beside "flag of {}" is one target more of the same, not another frame.
+    const bool known =
+        std::any_of(frames.begin() + 1, frames.end(), [&](const std::string& earlier) {
+          return !said(earlier).empty() && said(frame).starts_with(said(earlier));
+        });
+    if (!known && frames.size() < kMostFrames) frames.push_back(frame);
   }
   return frames;
 }
@@ -243,15 +252,34 @@ std::vector<int64_t> sampled_positions(int64_t window) {
 }
 
 PhraseRows read_phrase_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
-                            const std::vector<std::string>& companions, Progress& progress) {
-  FrameStatistics read =
-      read_phrases(encoder, phrases, all_of(phrases), companions, [](size_t) {}, progress);
-  return {phrases, prompts_of(phrases, all_of(phrases), companions), std::move(read.last),
-          std::move(read.rows)};
+                            const std::vector<std::string>& companions, Progress& progress,
+                            StatisticsCache* cache) {
+  const std::string fingerprint = encoder.fingerprint();
+  if (fingerprint.empty()) cache = nullptr;
+  FrameStatistics none = read_phrases(encoder, {}, companions, [](size_t) {}, progress);
+  PhraseRows out{phrases, {}, {}, {}};
+  std::vector<at::Tensor> last{none.last};
+  std::vector<at::Tensor> rows{none.rows};
+  for (const std::string& phrase : phrases) {
+    const std::string key =
+        fingerprint + "\nstays\n" + std::to_string(companions.size()) + '\n' + phrase;
+    const auto read = remembered(cache, key, [&] {
+      FrameStatistics made = read_phrases(encoder, {phrase}, companions, [](size_t) {}, progress);
+      return std::vector<at::Tensor>{std::move(made.last), std::move(made.rows)};
+    });
+    last.push_back(read[0]);
+    rows.push_back(read[1]);
+    for (std::string& each : prompts_of({phrase}, {0}, companions)) {
+      out.prompts.push_back(std::move(each));
+    }
+  }
+  out.last = at::cat(last);
+  out.rows = at::cat(rows);
+  return out;
 }
 
 RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& concepts,
-                             RetainSetSize size, Progress& progress) {
+                             RetainSetSize size, Progress& progress, StatisticsCache* cache) {
   RetainSet set;
   if (size == RetainSetSize::kNone) return set;
   const int64_t d = encoder.width();
@@ -304,7 +332,7 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
                     (f == 0 ? "" : " as '" + form + "'") + ", once for this encoder");
     const std::vector<std::string> filled = fill_all(set.frames[f], words);
     read[f] = read_phrases(
-        encoder, filled, all_of(filled), words,
+        encoder, filled, words,
         [&](size_t phrases) {
           done += static_cast<int64_t>(phrases);
           progress.report(done, missing * total);
@@ -326,7 +354,7 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
   }
 
   // What the encoder takes for a target, and what a target is called.
-  const at::Tensor targets = last_rows(encoder, erased, progress);
+  const at::Tensor targets = last_rows(encoder, erased, cache, progress);
   std::set<std::string> named;
   for (const std::string& phrase : erased) {
     named.insert(fold_case(phrase));
@@ -362,19 +390,27 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
         set.kept.phrases.push_back(phrase);
       }
     }
+    // Prompts of what is left out, and those of the others in which a target stands beside.
+    std::vector<int64_t> unwanted;
+    const auto prompt_number = [](size_t phrase, int64_t prompt) {
+      return static_cast<int64_t>(phrase) * kRetainPrompts + prompt;
+    };
+    for (const size_t i : left_out) {
+      for (int64_t j = 0; j < kRetainPrompts; ++j) unwanted.push_back(prompt_number(i, j));
+    }
+    std::vector<std::string> prompts = prompts_of(filled, kept, words);
+    for (size_t k = 0; k < prompts.size(); ++k) {
+      if (names_any(prompts[k])) {
+        unwanted.push_back(prompt_number(kept[k / kRetainPrompts], k % kRetainPrompts));
+      }
+      set.kept.prompts.push_back(std::move(prompts[k]));
+    }
+    GramSum subtracted(d);
+    add_sampled(subtracted,
+                read[f].rows.flatten(0, 1).index_select(0, at::tensor(unwanted, at::kLong)),
+                encoder.window());
     const double weight = f == 0 ? 1.0 : kSharedFrameWeight;
-    set.gram.add_(read[f].gram, weight);
-    if (!left_out.empty()) {
-      set.gram.sub_(
-          read_phrases(encoder, filled, left_out, words, [](size_t) {}, progress).gram, weight);
-    }
-    // A target that stands beside a word that stays.
-    std::vector<std::string> naming;
-    for (std::string& prompt : prompts_of(filled, kept, words)) {
-      if (names_any(prompt)) naming.push_back(prompt);
-      set.kept.prompts.push_back(std::move(prompt));
-    }
-    set.gram.sub_(gram_of(encoder, naming, progress), weight / static_cast<double>(kRetainPrompts));
+    set.gram.add_(read[f].gram - subtracted.finish(), weight);
     const at::Tensor places = at::tensor(std::vector<int64_t>(kept.begin(), kept.end()), at::kLong);
     last.push_back(read[f].last.index_select(0, places));
     rows.push_back(read[f].rows.index_select(0, places));

@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "lacuna/concepts/prompt_templates.h"
 #include "lacuna/error.h"
@@ -64,29 +65,32 @@ std::vector<at::Tensor> encode_starts(TextEncoder& encoder, const std::vector<st
   for (const std::string& prompt : prompts) {
     lengths.push_back(std::min(window, static_cast<int64_t>(encoder.tokenize(prompt).size())));
   }
-  std::vector<at::Tensor> starts;
-  for (size_t begin = 0; begin < prompts.size();) {
+  // The short ones together, or a long one would make them long, too.
+  std::vector<size_t> order(prompts.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return lengths[a] < lengths[b]; });
+  std::vector<at::Tensor> starts(prompts.size());
+  for (size_t begin = 0; begin < order.size();) {
     progress.check();
     // As many as cost no more than kPromptsPerCall whole windows.
+    std::vector<std::string> part;
     int64_t longest = 0;
-    size_t end = begin;
-    for (; end < prompts.size(); ++end) {
-      const int64_t length = std::max(longest, lengths[end]);
-      const auto count = static_cast<int64_t>(end - begin) + 1;
-      if (end > begin && count * length > static_cast<int64_t>(kPromptsPerCall) * window) break;
+    for (size_t k = begin; k < order.size(); ++k) {
+      const int64_t length = lengths[order[k]];
+      const auto cost = static_cast<int64_t>(part.size() + 1) * length;
+      if (!part.empty() && cost > static_cast<int64_t>(kPromptsPerCall) * window) break;
+      part.push_back(prompts[order[k]]);
       longest = length;
     }
-    const std::vector<std::string> part(prompts.begin() + static_cast<std::ptrdiff_t>(begin),
-                                        prompts.begin() + static_cast<std::ptrdiff_t>(end));
     const at::Tensor rows = encoder.encode_start(part, longest).detach().to(at::kCPU, at::kDouble);
     if (rows.dim() != 3 || rows.size(0) != static_cast<int64_t>(part.size()) ||
         rows.size(1) != longest || rows.size(2) != encoder.width()) {
       throw Error("the text encoder returned embeddings of an unexpected shape");
     }
-    for (size_t i = begin; i < end; ++i) {
-      starts.push_back(rows[static_cast<int64_t>(i - begin)].narrow(0, 0, lengths[i]));
+    for (int64_t row = 0; row < rows.size(0); ++row, ++begin) {
+      starts[order[begin]] = rows[row].narrow(0, 0, lengths[order[begin]]);
     }
-    begin = end;
   }
   return starts;
 }

@@ -4,12 +4,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <list>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "lacuna/closed_form/edit_method.h"
+#include "lacuna/closed_form/statistics_cache.h"
 #include "lacuna/closed_form/text_entry.h"
 #include "lacuna/closed_form/text_statistics.h"
 #include "lacuna/concepts/concept_set.h"
@@ -69,31 +68,6 @@ Refinement solve_refinement(const RefinementProblem& problem, const RefinementOp
 // Throws Error when a phrase does not fit the encoder's window with the longest template, or when
 // the tokenizer reads target and anchor as the same tokens. Tokenises only.
 void check_phrases(TextEncoder& encoder, const ConceptSet& set);
-
-// Keeps embeddings and sums between runs, so that changing a weight or one concept of a hundred
-// does not encode the others again. Least recently used entries go first. Not thread-safe.
-class StatisticsCache {
- public:
-  explicit StatisticsCache(int64_t capacity_bytes) : capacity_(capacity_bytes) {}
-  // Moved, never copied: the index points into the list.
-  StatisticsCache(StatisticsCache&&) = default;
-  StatisticsCache& operator=(StatisticsCache&&) = default;
-  // Null when unknown; valid until the next insert().
-  const std::vector<at::Tensor>* find(const std::string& key);
-  void insert(const std::string& key, std::vector<at::Tensor> tensors);
-  int64_t bytes() const { return bytes_; }
-
- private:
-  struct Entry {
-    std::string key;
-    std::vector<at::Tensor> tensors;
-    int64_t bytes = 0;
-  };
-  std::list<Entry> entries_;  // most recent first
-  std::unordered_map<std::string, std::list<Entry>::iterator> index_;
-  int64_t capacity_;
-  int64_t bytes_ = 0;
-};
 
 // Encodes what is not in the cache and sums up. `cache` may be null.
 RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "lacuna/closed_form/statistics_cache.h"
 #include "lacuna/concepts/concept_set.h"
 #include "lacuna/host.h"
 
@@ -46,8 +47,8 @@ std::vector<int64_t> sampled_positions(int64_t window);
 
 struct RetainSet {
   // Sum over words and frames of the mean over prompts of sum_positions e e^T, [d, d] float64 CPU,
-  // frames but "{}" with a small weight; of more than 250 phrases, as much as 250. Undefined for
-  // kNone. Without prompts in which a target stands beside the phrase.
+  // the padding by samples of it, frames but "{}" with a small weight; of more than 250 phrases, as
+  // much as 250. Undefined for kNone. Without prompts in which a target stands beside the phrase.
   at::Tensor gram;
   PhraseRows kept;
   int64_t words = 0;                    // phrases that are kept
@@ -60,13 +61,16 @@ struct RetainSet {
 // norway", "{} style" for a style; of many targets what a fifth of them share.
 std::vector<std::string> shared_frames(const std::vector<Concept>& concepts);
 
-// Phrases in the retain set's prompts; companions: words to stand beside them.
+// Phrases in the retain set's prompts; companions: words to stand beside them; cache: may be null.
 PhraseRows read_phrase_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
-                            const std::vector<std::string>& companions, Progress& progress);
+                            const std::vector<std::string>& companions, Progress& progress,
+                            StatisticsCache* cache = nullptr);
 
 // Every prompt is encoded once per encoder, frame and size: kept in encoder.cache_directory() under
 // the encoder's fingerprint, with a checksum. Throws Error when the encoder tells no vocabulary.
+// cache: may be null.
 RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& concepts,
-                             RetainSetSize size, Progress& progress);
+                             RetainSetSize size, Progress& progress,
+                             StatisticsCache* cache = nullptr);
 
 }  // namespace lacuna

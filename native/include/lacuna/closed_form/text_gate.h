@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "lacuna/closed_form/retain_set.h"
+#include "lacuna/closed_form/statistics_cache.h"
 #include "lacuna/concepts/concept_set.h"
 #include "lacuna/host.h"
 
@@ -28,14 +29,11 @@ struct FittedGate {
   std::vector<std::string> confused;
 };
 
-// retained: of collect_retain_set for the same concepts; preserve: phrases that must stay, too.
+// retained: of collect_retain_set for the same concepts; preserve: phrases that must stay, too;
+// cache: may be null; after collect_problem with the same cache half of the prompts are known.
 FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
                     const std::vector<PreservedPhrase>& preserve, const RetainSet& retained,
-                    Progress& progress);
-
-// What a prompt may call a concept by, word for word: its phrases in lower case without an article
-// in front, their plurals, hyphens left out, and of "van gogh style" the name alone.
-std::vector<std::string> written_forms(const std::vector<Concept>& concepts);
+                    Progress& progress, StatisticsCache* cache = nullptr);
 
 // [n]: whether the gate opens for each of n prompts; context: [n, windows * window, d]. What hosts
 // do while the model runs.
