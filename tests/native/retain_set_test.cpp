@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <set>
 
 #include "lacuna/closed_form/concept_recognizer.h"
 #include "lacuna/closed_form/refinement.h"
@@ -101,7 +102,7 @@ TEST_F(RetainSetTest, SumsUpEveryWordButTheTargetsAndTheirPlurals) {
       ++naming;
       continue;
     }
-    const at::Tensor rows = encoder_.encode({prompt})[0].to(at::kDouble);
+    const at::Tensor rows = encoder_.encode({prompt})[0].to(at::kHalf).to(at::kDouble);
     // Of the padding a pair stands for all since the pair before.
     const std::vector<int64_t> places = sampled_positions(encoder_.window());
     double rows_counted = 0.0;
@@ -117,9 +118,29 @@ TEST_F(RetainSetTest, SumsUpEveryWordButTheTargetsAndTheirPlurals) {
     ASSERT_EQ(rows_counted, static_cast<double>(encoder_.window()));
   }
   EXPECT_GT(naming, 0);
-  EXPECT_LT(relative_difference(set.gram, sum), 1e-3);  // rows are kept in half precision
+  EXPECT_LT(relative_difference(set.gram, sum), 1e-5);
   EXPECT_FALSE(collect_retain_set(encoder_, {concept_of("owl")}, RetainSetSize::kNone, progress_)
                    .gram.defined());
+}
+
+TEST_F(RetainSetTest, PhrasesStandBesideDifferentWordsInDifferentWaysWhereverTheyAreListed) {
+  const std::vector<std::string> listed{"lion", "castle", "bridge", "lamp", "violin", "cactus"};
+  const auto beside = [&](const std::vector<std::string>& phrases) {
+    std::vector<std::string> prompts;
+    const PhraseRows read = read_phrase_rows(encoder_, phrases, encoder_.vocabulary_, progress_);
+    for (size_t i = 0; i < phrases.size(); ++i) {
+      prompts.push_back(read.prompts[kRetainPrompts * (i + 1) - 1]);
+    }
+    return prompts;
+  };
+  const std::vector<std::string> all = beside(listed);
+  std::set<std::string> ways;
+  for (size_t i = 0; i < all.size(); ++i) {
+    EXPECT_EQ(all[i], beside({listed[i]}).front());
+    std::string way = all[i];
+    ways.insert(way.replace(way.find(listed[i]), listed[i].size(), "{}"));
+  }
+  EXPECT_GE(ways.size(), 4u);
 }
 
 TEST_F(RetainSetTest, NothingIsKeptFromAStyle) {

@@ -92,36 +92,30 @@ at::Tensor read_tokens(TextEncoder& encoder, ConceptKind kind, const std::string
   std::vector<at::Tensor> tokens;
   for (size_t i = 0; i < starts.size(); ++i) {
     const int64_t place = std::min(places[i], starts[i].size(0) - 1);
-    tokens.push_back(with_row_before(starts[i].narrow(0, place - 1, 2))[0].to(at::kFloat));
+    tokens.push_back(at::cat({starts[i][place], starts[i][place - 1]}).to(at::kFloat));
   }
   return at::stack(tokens);
 }
 
 }  // namespace
 
-at::Tensor with_row_before(const at::Tensor& embedded) {
-  const int64_t pairs = embedded.size(0) - 1;
-  return at::cat({embedded.narrow(0, 1, pairs), embedded.narrow(0, 0, pairs)}, 1);
-}
-
 std::vector<NamedPhrase> read_named_phrases(TextEncoder& encoder,
                                             const std::vector<Concept>& concepts,
                                             const std::vector<std::string>& words,
                                             StatisticsCache* cache, Progress& progress) {
   const std::string fingerprint = encoder.fingerprint();
-  if (fingerprint.empty()) cache = nullptr;
   std::vector<NamedPhrase> out;
   for (size_t i = 0; i < concepts.size(); ++i) {
     const Concept& item = concepts[i];
     for (const std::string& phrase : phrases(item)) {
       progress.status("learning which prompts name " + in_quotes(phrase, 40));
-      const std::string key = fingerprint + "\nnaming\n" + std::string(to_string(item.kind)) +
-                              '\n' + std::to_string(words.size()) + '\n' + phrase;
-      const auto tokens = remembered(cache, key, [&] {
+      const std::string key = "naming\n" + std::string(to_string(item.kind)) + '\n' +
+                              std::to_string(words.size()) + '\n' + phrase;
+      const auto tokens = remembered(cache, fingerprint, key, [&] {
         return std::vector<at::Tensor>{read_tokens(encoder, item.kind, phrase, words, progress)};
       });
       const auto ends =
-          remembered(cache, prompt_ends_key(fingerprint, item.kind, item.templates, phrase), [&] {
+          remembered(cache, fingerprint, prompt_ends_key(item.kind, item.templates, phrase), [&] {
             const std::vector<std::string> plain =
                 fill_templates(item.kind, std::min(item.templates, kPromptEnds), phrase);
             const at::Tensor read = embed_in_batches(encoder, plain, progress).context;

@@ -141,10 +141,11 @@ ConceptRows collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& 
   std::vector<at::Tensor> sources{at::zeros({0}, at::kLong)};
   for (const std::string& phrase : phrases(item)) {
     const at::Tensor read = batches.encode(fill_templates(item.kind, item.templates, phrase));
-    if (cache != nullptr) {
-      cache->insert(prompt_ends_key(encoder.fingerprint(), item.kind, item.templates, phrase),
-                    {read.select(1, window - 1).slice(0, 0, kPromptEnds).clone()});
-    }
+    remembered(cache, encoder.fingerprint(), prompt_ends_key(item.kind, item.templates, phrase),
+               [&] {
+                 return std::vector<at::Tensor>{
+                     read.select(1, window - 1).slice(0, 0, kPromptEnds).clone()};
+               });
     const at::Tensor target = read.reshape({-1, d});
     PromptRows all;
     for (int i = 0; i < item.templates; ++i) {

@@ -10,7 +10,6 @@
 #include <array>
 #include <functional>
 #include <map>
-#include <numeric>
 #include <optional>
 #include <set>
 
@@ -21,6 +20,7 @@
 #include "lacuna/error.h"
 #include "lacuna/files/cached_tensor.h"
 #include "lacuna/files/checksum.h"
+#include "lacuna/files/random_stream.h"
 #include "lacuna/files/safetensors_file.h"
 #include "lacuna/files/text.h"
 
@@ -94,47 +94,50 @@ at::Tensor rows_stood_for(int64_t window) {
   return at::tensor(weights);
 }
 
-// The Gram matrix of whole prompts, from what was sampled of them; rows: [prompts, positions, d].
-void add_sampled(GramSum& sum, const at::Tensor& rows, int64_t window) {
+// Sum over whole prompts of the mean over a phrase's, from what was sampled of them: [d, d];
+// rows: [prompts, positions, d]
+at::Tensor sampled_gram(const at::Tensor& rows, int64_t window, Progress& progress) {
+  constexpr int64_t kPromptsAtOnce = 64;
   const at::Tensor scale = rows_stood_for(window).sqrt().unsqueeze(1);
-  sum.add((rows.to(at::kFloat) * scale).flatten(0, 1), 1.0 / static_cast<double>(kRetainPrompts));
+  GramSum sum(rows.size(2));
+  for (const at::Tensor& block : rows.split(kPromptsAtOnce)) {
+    progress.check();
+    sum.add((block.to(at::kFloat) * scale).flatten(0, 1),
+            1.0 / static_cast<double>(kRetainPrompts));
+  }
+  return sum.finish();
 }
 
-// The prompts of phrases, in order.
+// kRetainPrompts of each phrase, in order.
 std::vector<std::string> prompts_of(const std::vector<std::string>& phrases,
-                                    const std::vector<size_t>& numbers,
                                     const std::vector<std::string>& companions) {
   std::vector<std::string> prompts;
-  for (const size_t number : numbers) {
-    for (std::string& each : retain_prompts(phrases[number], number, companions)) {
+  for (size_t i = 0; i < phrases.size(); ++i) {
+    for (std::string& each : retain_prompts(phrases[i], i, companions)) {
       prompts.push_back(std::move(each));
     }
   }
   return prompts;
 }
 
-// What the closed form keeps, and what tells phrases apart.
-struct FrameStatistics {
-  at::Tensor gram;  // [d, d], sum over phrases of the mean over their prompts
-  at::Tensor last;  // PhraseRows
+// PhraseRows without the words.
+struct ReadPhrases {
+  at::Tensor last;
   at::Tensor rows;
 };
 
-// after_read: is told how many phrases were read more.
-FrameStatistics read_phrases(TextEncoder& encoder, const std::vector<std::string>& phrases,
-                             const std::vector<std::string>& companions,
-                             const std::function<void(size_t)>& after_read, Progress& progress) {
-  const int64_t d = encoder.width();
+// prompts: kRetainPrompts of each phrase; after_read: is told how many phrases were read more.
+ReadPhrases read_phrases(TextEncoder& encoder, const std::vector<std::string>& prompts,
+                         const std::function<void(int64_t)>& after_read, Progress& progress) {
+  constexpr std::ptrdiff_t kPromptsAtOnce =
+      2 * kRetainPrompts;  // a second on one core: what an interrupt waits for
   const at::Tensor places = at::tensor(sampled_positions(encoder.window()), at::kLong);
-  GramSum sum(d);
-  std::vector<at::Tensor> last{at::zeros({0, d}, at::kDouble)};
-  std::vector<at::Tensor> rows{at::zeros({0, kRetainPrompts, places.size(0), d}, at::kHalf)};
-  constexpr size_t kPhrasesPerCall = 2;  // a second on one core: what an interrupt waits for
-  for (size_t begin = 0; begin < phrases.size(); begin += kPhrasesPerCall) {
+  std::vector<at::Tensor> last;
+  std::vector<at::Tensor> rows;
+  for (auto begin = prompts.begin(); begin != prompts.end();) {
     progress.check();
-    std::vector<size_t> part(std::min(kPhrasesPerCall, phrases.size() - begin));
-    std::iota(part.begin(), part.end(), begin);
-    const at::Tensor read = encoder.encode(prompts_of(phrases, part, companions))
+    const auto end = begin + std::min(kPromptsAtOnce, prompts.end() - begin);
+    const at::Tensor read = encoder.encode({begin, end})
                                 .to(at::kCPU, at::kFloat)
                                 .unflatten(0, {-1, kRetainPrompts});  // [phrases, prompts, T, d]
     last.push_back(read.narrow(1, 0, static_cast<int64_t>(kPlainTemplates.size()))
@@ -142,21 +145,26 @@ FrameStatistics read_phrases(TextEncoder& encoder, const std::vector<std::string
                        .to(at::kDouble)
                        .mean(1));
     rows.push_back(read.index_select(2, places).to(at::kHalf));
-    add_sampled(sum, rows.back().flatten(0, 1), encoder.window());
-    after_read(part.size());
+    after_read(read.size(0));
+    begin = end;
   }
-  return {sum.finish(), at::cat(last), at::cat(rows)};
+  return {at::cat(last), at::cat(rows)};
 }
+
+// What is cached of one frame.
+struct FrameStatistics {
+  at::Tensor gram;  // [d, d], of all phrases
+  ReadPhrases phrases;
+};
 
 // The last row of the window, mean over the plain templates: [n, d] float64.
 at::Tensor last_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
                      StatisticsCache* cache, Progress& progress) {
   const std::string fingerprint = encoder.fingerprint();
-  if (fingerprint.empty()) cache = nullptr;
   std::vector<at::Tensor> last{at::zeros({0, encoder.width()}, at::kDouble)};
   for (const std::string& phrase : phrases) {
     progress.check();
-    last.push_back(remembered(cache, fingerprint + "\nlast row\n" + phrase, [&] {
+    last.push_back(remembered(cache, fingerprint, "last row\n" + phrase, [&] {
                      std::vector<std::string> prompts;
                      for (std::string_view each : kPlainTemplates) {
                        prompts.push_back(fill_template(each, phrase));
@@ -254,24 +262,23 @@ std::vector<int64_t> sampled_positions(int64_t window) {
 PhraseRows read_phrase_rows(TextEncoder& encoder, const std::vector<std::string>& phrases,
                             const std::vector<std::string>& companions, Progress& progress,
                             StatisticsCache* cache) {
+  const int64_t d = encoder.width();
   const std::string fingerprint = encoder.fingerprint();
-  if (fingerprint.empty()) cache = nullptr;
-  FrameStatistics none = read_phrases(encoder, {}, companions, [](size_t) {}, progress);
+  const auto positions = static_cast<int64_t>(sampled_positions(encoder.window()).size());
   PhraseRows out{phrases, {}, {}, {}};
-  std::vector<at::Tensor> last{none.last};
-  std::vector<at::Tensor> rows{none.rows};
+  std::vector<at::Tensor> last{at::zeros({0, d}, at::kDouble)};
+  std::vector<at::Tensor> rows{at::zeros({0, kRetainPrompts, positions, d}, at::kHalf)};
   for (const std::string& phrase : phrases) {
-    const std::string key =
-        fingerprint + "\nstays\n" + std::to_string(companions.size()) + '\n' + phrase;
-    const auto read = remembered(cache, key, [&] {
-      FrameStatistics made = read_phrases(encoder, {phrase}, companions, [](size_t) {}, progress);
+    // What stands beside a phrase depends on the phrase, so that it is the same in every list.
+    std::vector<std::string> prompts = retain_prompts(phrase, stable_hash(phrase), companions);
+    const std::string key = "stays\n" + std::to_string(companions.size()) + '\n' + phrase;
+    const auto read = remembered(cache, fingerprint, key, [&] {
+      ReadPhrases made = read_phrases(encoder, prompts, [](int64_t) {}, progress);
       return std::vector<at::Tensor>{std::move(made.last), std::move(made.rows)};
     });
     last.push_back(read[0]);
     rows.push_back(read[1]);
-    for (std::string& each : prompts_of({phrase}, {0}, companions)) {
-      out.prompts.push_back(std::move(each));
-    }
+    for (std::string& each : prompts) out.prompts.push_back(std::move(each));
   }
   out.last = at::cat(last);
   out.rows = at::cat(rows);
@@ -313,7 +320,7 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
     }
     if (!words.empty() && words != listed) continue;
     words = std::move(listed);
-    read[f] = {known->at("gram"), known->at("last"), known->at("rows")};
+    read[f] = {known->at("gram"), {known->at("last"), known->at("rows")}};
   }
   if (words.empty()) words = plain_words(encoder.vocabulary(), wanted_words(size));
   if (words.size() < 2) {
@@ -330,14 +337,14 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
     const std::string form = fill_template(set.frames[f], "...");
     progress.status("reading " + std::to_string(words.size()) + " words of the text encoder" +
                     (f == 0 ? "" : " as '" + form + "'") + ", once for this encoder");
-    const std::vector<std::string> filled = fill_all(set.frames[f], words);
-    read[f] = read_phrases(
-        encoder, filled, words,
-        [&](size_t phrases) {
-          done += static_cast<int64_t>(phrases);
+    read[f].phrases = read_phrases(
+        encoder, prompts_of(fill_all(set.frames[f], words), words),
+        [&](int64_t phrases) {
+          done += phrases;
           progress.report(done, missing * total);
         },
         progress);
+    read[f].gram = sampled_gram(read[f].phrases.rows.flatten(0, 1), encoder.window(), progress);
     if (paths[f].empty()) continue;
     if (vocabulary.empty()) vocabulary = encoder.vocabulary();
     std::map<std::string, int64_t> place_of;
@@ -347,8 +354,8 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
     std::vector<int64_t> places;
     for (const std::string& word : words) places.push_back(place_of.at(word));
     save_cached_tensors({{"gram", read[f].gram},
-                         {"last", read[f].last},
-                         {"rows", read[f].rows},
+                         {"last", read[f].phrases.last},
+                         {"rows", read[f].phrases.rows},
                          {"places", at::tensor(places, at::kLong)}},
                         paths[f], kRetainFormat);
   }
@@ -371,49 +378,37 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
   std::vector<at::Tensor> rows;
   for (size_t f = 0; f < set.frames.size(); ++f) {
     const std::vector<std::string> filled = fill_all(set.frames[f], words);
+    std::vector<std::string> prompts = prompts_of(filled, words);
+    const auto& [words_last, words_rows] = read[f].phrases;
     const at::Tensor score =
-        std::get<0>(ConceptRecognizer(read[f].last, targets).scores(read[f].last).max(1));
-    std::vector<size_t> left_out;
-    std::vector<size_t> kept;
+        std::get<0>(ConceptRecognizer(words_last, targets).scores(words_last).max(1));
+    std::vector<int64_t> kept;      // phrases
+    std::vector<int64_t> unwanted;  // prompts: of what is left out, and with a target beside
     for (size_t i = 0; i < filled.size(); ++i) {
       const std::string& phrase = filled[i];
       const bool plural =
           phrase.ends_with('s') &&
           (named.contains(phrase.substr(0, phrase.size() - 1)) ||
            (phrase.ends_with("es") && named.contains(phrase.substr(0, phrase.size() - 2))));
-      if (named.contains(phrase) || plural || names_any(phrase) ||
-          score[static_cast<int64_t>(i)].item<double>() > ConceptRecognizer::kNames) {
-        left_out.push_back(i);
-        set.left_out.push_back(phrase);
-      } else {
-        kept.push_back(i);
-        set.kept.phrases.push_back(phrase);
+      const auto number = static_cast<int64_t>(i);
+      const bool left_out = named.contains(phrase) || plural || names_any(phrase) ||
+                            score[number].item<double>() > ConceptRecognizer::kNames;
+      (left_out ? set.left_out : set.kept.phrases).push_back(phrase);
+      if (!left_out) kept.push_back(number);
+      for (int64_t k = number * kRetainPrompts; k < (number + 1) * kRetainPrompts; ++k) {
+        std::string& prompt = prompts[static_cast<size_t>(k)];
+        if (left_out || names_any(prompt)) unwanted.push_back(k);
+        if (!left_out) set.kept.prompts.push_back(std::move(prompt));
       }
     }
-    // Prompts of what is left out, and those of the others in which a target stands beside.
-    std::vector<int64_t> unwanted;
-    const auto prompt_number = [](size_t phrase, int64_t prompt) {
-      return static_cast<int64_t>(phrase) * kRetainPrompts + prompt;
+    const auto rows_of = [](const at::Tensor& from, const std::vector<int64_t>& numbers) {
+      return from.index_select(0, at::tensor(numbers, at::kLong));
     };
-    for (const size_t i : left_out) {
-      for (int64_t j = 0; j < kRetainPrompts; ++j) unwanted.push_back(prompt_number(i, j));
-    }
-    std::vector<std::string> prompts = prompts_of(filled, kept, words);
-    for (size_t k = 0; k < prompts.size(); ++k) {
-      if (names_any(prompts[k])) {
-        unwanted.push_back(prompt_number(kept[k / kRetainPrompts], k % kRetainPrompts));
-      }
-      set.kept.prompts.push_back(std::move(prompts[k]));
-    }
-    GramSum subtracted(d);
-    add_sampled(subtracted,
-                read[f].rows.flatten(0, 1).index_select(0, at::tensor(unwanted, at::kLong)),
-                encoder.window());
-    const double weight = f == 0 ? 1.0 : kSharedFrameWeight;
-    set.gram.add_(read[f].gram - subtracted.finish(), weight);
-    const at::Tensor places = at::tensor(std::vector<int64_t>(kept.begin(), kept.end()), at::kLong);
-    last.push_back(read[f].last.index_select(0, places));
-    rows.push_back(read[f].rows.index_select(0, places));
+    const at::Tensor subtracted =
+        sampled_gram(rows_of(words_rows.flatten(0, 1), unwanted), encoder.window(), progress);
+    set.gram.add_(read[f].gram - subtracted, f == 0 ? 1.0 : kSharedFrameWeight);
+    last.push_back(rows_of(words_last, kept));
+    rows.push_back(rows_of(words_rows, kept));
   }
   if (set.kept.phrases.size() < 2) {
     throw Error(

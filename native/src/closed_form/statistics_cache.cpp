@@ -32,9 +32,8 @@ void StatisticsCache::insert(const std::string& key, std::vector<at::Tensor> ten
   }
 }
 
-std::string prompt_ends_key(const std::string& fingerprint, ConceptKind kind, int templates,
-                            const std::string& phrase) {
-  return fingerprint + "\nends\n" + std::string(to_string(kind)) + '\n' +
+std::string prompt_ends_key(ConceptKind kind, int templates, const std::string& phrase) {
+  return "ends\n" + std::string(to_string(kind)) + '\n' +
          std::to_string(std::min(templates, kPromptEnds)) + '\n' + phrase;
 }
 

@@ -30,8 +30,8 @@ constexpr int64_t kOddPrompts = 1;
 constexpr double kMargin = 0.1;
 constexpr double kNothing = -1e9;
 
-// The same of what was sampled of prompts, a block of phrases at a time: those of the full retain
-// set take gigabytes.
+// Every row that was sampled of prompts with the one before it, a block of phrases at a time: those
+// of the full retain set take gigabytes.
 class PairsInBlocks {
  public:
   // rows: [phrases, prompts, sampled positions, d] float16
@@ -221,7 +221,6 @@ TextGate::Test prompt_test(const PhraseRows& stay, const std::vector<NamedPhrase
 FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
                     const std::vector<PreservedPhrase>& preserve, const RetainSet& retained,
                     Progress& progress, StatisticsCache* cache) {
-  if (encoder.fingerprint().empty()) cache = nullptr;
   const PhraseRows stay = rows_to_stay(encoder, preserve, retained, cache, progress);
   const std::vector<NamedPhrase> named =
       read_named_phrases(encoder, concepts, retained.vocabulary, cache, progress);

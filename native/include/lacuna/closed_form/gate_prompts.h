@@ -31,7 +31,4 @@ std::vector<NamedPhrase> read_named_phrases(TextEncoder& encoder,
                                             const std::vector<std::string>& words,
                                             StatisticsCache* cache, Progress& progress);
 
-// Every row but the first with the one before it, [rows - 1, 2 d]; embedded: [rows, d]
-at::Tensor with_row_before(const at::Tensor& embedded);
-
 }  // namespace lacuna

@@ -14,8 +14,8 @@
 namespace lacuna {
 
 // Keeps embeddings and sums between runs, so that changing a weight or one concept of a hundred
-// does not encode the others again. Least recently used entries go first, and
-// large ones before those that are too small to make room. Not thread-safe.
+// does not encode the others again. Least recently used entries go first, and large ones before
+// those that are too small to make room. Not thread-safe.
 class StatisticsCache {
  public:
   explicit StatisticsCache(int64_t capacity_bytes) : capacity_(capacity_bytes) {}
@@ -39,22 +39,22 @@ class StatisticsCache {
   int64_t bytes_ = 0;
 };
 
-// What make() returned for this key before, or returns now; cache may be null.
+// What make() returned for this encoder and key before, or returns now. Nothing is kept where
+// `cache` is null, or of an encoder without a fingerprint.
 template <typename Make>
-std::vector<at::Tensor> remembered(StatisticsCache* cache, const std::string& key,
-                                   const Make& make) {
-  if (cache != nullptr) {
-    if (const std::vector<at::Tensor>* known = cache->find(key)) return *known;
-  }
+std::vector<at::Tensor> remembered(StatisticsCache* cache, const std::string& fingerprint,
+                                   const std::string& key, const Make& make) {
+  if (cache == nullptr || fingerprint.empty()) return make();
+  const std::string whole = fingerprint + '\n' + key;
+  if (const std::vector<at::Tensor>* known = cache->find(whole)) return *known;
   std::vector<at::Tensor> made = make();
-  if (cache != nullptr) cache->insert(key, made);
+  cache->insert(whole, made);
   return made;
 }
 
 // The last rows of the windows of a phrase's prompts, [min(templates, kPromptEnds), d] float32,
 // which have read the whole prompt: collect_problem comes by them, and a gate is made of them.
 inline constexpr int kPromptEnds = 8;
-std::string prompt_ends_key(const std::string& fingerprint, ConceptKind kind, int templates,
-                            const std::string& phrase);
+std::string prompt_ends_key(ConceptKind kind, int templates, const std::string& phrase);
 
 }  // namespace lacuna
