@@ -366,7 +366,7 @@ def test_no_picture_is_decoded() -> None:
         assert not re.search(r"find_\w+\([^)]*stb", cmake.read_text("utf-8"), re.I), cmake
 
 
-def test_only_one_module_imports_comfyui() -> None:
+def test_only_the_comfyui_modules_import_comfyui() -> None:
     users = {
         file.name
         for file in sources("python_shim")
@@ -374,7 +374,8 @@ def test_only_one_module_imports_comfyui() -> None:
             r"^\s*(import|from) (comfy|folder_paths|nodes)\b", file.read_text("utf-8"), re.M
         )
     }
-    assert users <= {"comfyui_host.py"}
+    subjects = ("edits", "host", "model", "text", "weights")
+    assert users <= {f"comfyui_{subject}.py" for subject in subjects}
 
 
 def evaluate(pack, erased: FakeDenoiser, **widgets: Any) -> list:

@@ -3,36 +3,31 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/randint.h>
-#include <ATen/ops/randn.h>
-#include <ATen/ops/randperm.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/tensor.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <exception>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <stdexcept>
+#include <utility>
 
-#include "lacuna/closed_form/text_entry.h"
-#include "lacuna/concepts/prompt_templates.h"
 #include "lacuna/error.h"
 #include "lacuna/files/json_text.h"
-#include "lacuna/files/option_range.h"
 #include "lacuna/files/random_stream.h"
+#include "lacuna/files/weight_samples.h"
 #include "lacuna/training/adam_w.h"
-#include "lacuna/training/attention_mask.h"
 #include "lacuna/training/attention_tap.h"
 #include "lacuna/training/concept_images.h"
-#include "lacuna/training/latent_sampler.h"
+#include "training/concept_job.h"
+#include "training/training_progress.h"
 
 namespace lacuna {
 namespace {
@@ -48,147 +43,19 @@ struct TrainingScope {
   at::AutoGradMode no_grad{false};
 };
 
-// One cross-attention layer as the trainer sees it.
-struct Layer {
-  std::string name;
-  TextEntry key;
-  TextEntry value;
-  int64_t key_rows = 0;
-  int64_t value_rows = 0;
-};
-
-std::vector<Layer> layers_of(Denoiser& model, int64_t width) {
-  std::vector<Layer> layers;
-  for (const TextEntry& projection : edited_entries(model, EditedMatrices::kKeyAndValue, width)) {
-    const std::string name = layer_of(projection);
-    auto it = std::find_if(layers.begin(), layers.end(),
-                           [&](const Layer& layer) { return layer.name == name; });
-    if (it == layers.end()) it = layers.insert(layers.end(), Layer{name, {}, {}, 0, 0});
-    const int64_t rows = model.effective_weight(projection.name).size(0);
-    if (projection.role == EntryRole::kKey) {
-      it->key = projection;
-      it->key_rows = rows;
-    } else {
-      it->value = projection;
-      it->value_rows = rows;
-    }
-  }
-  for (const Layer& layer : layers) {
-    if (layer.key_rows == 0 || layer.value_rows == 0) {
-      throw Error("the cross-attention layer '" + layer.name + "' has no key or no value matrix");
-    }
-  }
-  return layers;
-}
-
-// Work done and left, in forward passes of one sample.
-class Effort {
- public:
-  Effort(Progress& progress, int64_t total) : progress_(progress), total_(total) {}
-
-  void add(int64_t passes) {
-    done_ = std::min(done_ + passes, total_);
-    progress_.report(done_, total_);
-  }
-
-  std::string time_left() const {
-    const double seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
-    const double left = seconds / static_cast<double>(std::max<int64_t>(1, done_)) *
-                        static_cast<double>(total_ - done_);
-    if (left < 90.0) return "about " + std::to_string(std::lround(left)) + " s left";
-    return "about " + std::to_string(std::lround(left / 60.0)) + " min left";
-  }
-
- private:
-  Progress& progress_;
-  int64_t total_;
-  int64_t done_ = 0;
-  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
-};
-
-// Cancellation passes through; progress of inner loops would only make the bar jump.
-class ChecksOnly final : public Progress {
- public:
-  explicit ChecksOnly(Progress& outer) : outer_(outer) {}
-  void report(int64_t, int64_t) override { outer_.check(); }
-  void check() override { outer_.check(); }
-
- private:
-  Progress& outer_;
-};
-
-// What one training or measuring pass shows of a concept.
-struct Draw {
-  int64_t image = 0;
-  int64_t prompt = 0;
-  double sigma = 0.0;
-  at::Tensor noise;  // [c, h, w]
-};
-
-// Everything random about a concept's training, from its own stream.
-class Draws {
- public:
-  Draws(at::Generator generator, const TimestepSampler& timesteps, const at::Tensor& levels)
-      : generator_(std::move(generator)), timesteps_(timesteps), levels_(levels) {}
-
-  int64_t below(int64_t n) {
-    return at::randint(n, {1}, generator_, at::TensorOptions(at::kLong)).item<int64_t>();
-  }
-
-  // Every index once before any comes again.
-  int64_t by_epochs(int64_t n) {
-    if (order_.empty()) {
-      const at::Tensor order = at::randperm(n, generator_, at::TensorOptions(at::kLong));
-      for (int64_t i = 0; i < n; ++i) order_.push_back(order[i].item<int64_t>());
-    }
-    const int64_t index = order_.back();
-    order_.pop_back();
-    return index;
-  }
-
-  Draw next(const at::Tensor& latents, int64_t prompts) {
-    Draw draw;
-    draw.image = by_epochs(latents.size(0));
-    draw.prompt = below(prompts);
-    draw.sigma = levels_[timesteps_.draw(generator_)].item<double>();
-    draw.noise = at::randn(latents.sizes().slice(1), generator_, at::TensorOptions(at::kFloat));
-    return draw;
-  }
-
- private:
-  at::Generator generator_;
-  const TimestepSampler& timesteps_;
-  at::Tensor levels_;
-  std::vector<int64_t> order_;
-};
-
-// A concept on its way.
-struct Job {
-  const Concept* item = nullptr;
-  std::string subject;  // what seeds its random numbers
-  ConceptPrompts prompts;
-  at::Tensor tokens;        // [n, window]
-  at::Tensor host_context;  // [n, window, d]: what the host reads
-  TrainingImages images;
-  ConceptPairs pairs;
-  std::vector<Draw> evaluation;
-  std::vector<double> losses;
-  double mass_before = 0.0;
-  ConceptLora result;
-};
-using Group = std::vector<std::unique_ptr<Job>>;
-
-std::string subject_of(const Concept& item) {
-  std::string text(to_string(item.kind));
-  for (const std::string& phrase : phrases(item)) text += '\n' + phrase;
-  return text;
-}
+using Group = std::vector<std::unique_ptr<ConceptJob>>;
 
 std::string label_of(const Group& group) {
   std::string label = group.front()->item->target;
   if (group.size() > 1) label += " and " + std::to_string(group.size() - 1) + " more";
   return label;
+}
+
+// One of each concept.
+std::vector<Draw> next_draws(std::vector<Draws>& draws, const Group& group) {
+  std::vector<Draw> shown;
+  for (size_t i = 0; i < group.size(); ++i) shown.push_back(draws[i].next(*group[i]));
+  return shown;
 }
 
 std::vector<at::Tensor> parameters_of(LayerPairs& pairs) {
@@ -204,20 +71,16 @@ class Trainer {
         options_(options),
         progress_(progress),
         checks_(progress),
-        layers_(layers_of(model_, training.encoder.width())),
-        levels_(model_.noise_levels().to(at::kCPU, at::kDouble)),
-        timesteps_(options.focal, levels_.size(0)),
-        effort_(progress, static_cast<int64_t>(concepts) * passes_per_concept()) {
-    if (!training.images.latents.defined()) {
-      negative_ = embed_in_batches(training.encoder, {""}, checks_);
-    }
-  }
+        layers_(trained_layers(model_, training.encoder.width())),
+        levels_(model_, options.focal),
+        effort_(progress, static_cast<int64_t>(concepts) * passes_per_concept()),
+        preparation_(training, options, layers_, levels_, effort_, progress) {}
 
   // Concepts [begin, end) of the list, trained together.
   void train(const std::vector<Concept>& concepts, size_t begin, size_t end,
              const std::function<void(TrainedConcept)>& on_finished) {
     Group group;
-    for (size_t i = begin; i < end; ++i) group.push_back(prepare(concepts[i]));
+    for (size_t i = begin; i < end; ++i) group.push_back(preparation_.prepare(concepts[i]));
     const std::vector<double> before = measure(group);
     for (size_t i = 0; i < group.size(); ++i) group[i]->mass_before = before[i];
     if (options_.gradient == LoraGradient::kFull) {
@@ -232,116 +95,10 @@ class Trainer {
  private:
   int64_t passes_per_concept() const {
     const bool full = options_.gradient == LoraGradient::kFull;
-    const int64_t drawing = training_.images.latents.defined()
-                                ? 0
-                                : options_.images * options_.sampling_steps * passes_per_step();
     const int64_t training =
         full ? 3 * options_.steps  // a backward pass costs about two forward passes
              : (options_.refresh + 1) * (options_.captures + static_cast<int64_t>(layers_.size()));
-    return drawing + training + 2 * options_.evaluations;
-  }
-  int64_t passes_per_step() const { return options_.cfg != 1.0 ? 2 : 1; }
-
-  // Embeddings of every template with the concept's anchor; lists often share one.
-  const at::Tensor& anchor_of(const Concept& item) {
-    std::vector<std::string> prompts;
-    for (const std::string_view prompt_template :
-         prompt_templates(item.kind).first(static_cast<size_t>(item.templates))) {
-      prompts.push_back(fill_template(prompt_template, item.anchor));
-    }
-    if (prompts != anchor_prompts_) {
-      anchor_ = embed_in_batches(training_.encoder, prompts, checks_).context;
-      anchor_prompts_ = std::move(prompts);
-    }
-    return anchor_;
-  }
-
-  std::unique_ptr<Job> prepare(const Concept& item) {
-    progress_.check();
-    progress_.status(item.target + ": reading prompts");
-    auto job = std::make_unique<Job>();
-    job->item = &item;
-    job->subject = subject_of(item);
-    job->prompts = encode_prompts(training_.encoder, item, checks_);
-    job->tokens = job->prompts.tokens(options_.tokens);
-    const at::Tensor& context = job->prompts.embedding.context;
-    const auto count = static_cast<double>(job->prompts.texts.size());
-
-    job->result.item = item;
-    StatisticsAccumulator sums(context.size(2));
-    for (int64_t i = 0; i < context.size(0); ++i) sums.add_kept(context[i], 1.0 / count);
-    job->result.prompt_gram = sums.finish().kept;
-    job->host_context = context;
-    if (training_.refinement != nullptr) {
-      const AnchoredPrompts anchored = anchor_prompts(
-          training_.encoder, item, context, anchor_of(item), training_.refinement->options);
-      job->result.refinement_gram = anchored.statistics.edited + anchored.statistics.kept;
-      job->result.refinement_shift = anchored.statistics.shift;
-      job->host_context = anchored.context;
-    }
-    prepare_images(*job);
-    prepare_pairs(*job);
-    Draws draws = draws_for(*job, "evaluation");
-    for (int64_t i = 0; i < options_.evaluations; ++i) {
-      job->evaluation.push_back(draws.next(job->images.latents, context.size(0)));
-    }
-    return job;
-  }
-
-  Draws draws_for(const Job& job, const char* purpose) const {
-    return {random_stream(options_.seed, job.subject, purpose), timesteps_, levels_};
-  }
-
-  void prepare_images(Job& job) {
-    // A style is everywhere in the picture.
-    const bool masked =
-        options_.mask == MaskSource::kAttention && job.item->kind != ConceptKind::kStyle;
-    if (training_.images.latents.defined()) {
-      job.images = training_.images;
-      if (!job.images.masks.defined() && masked) {
-        job.images.masks =
-            masks_of(model_, job.prompts, job.images.latents, job.subject, progress_);
-      }
-    } else {
-      int64_t drawn = 0;
-      job.images = draw_concept(
-          model_, job.prompts, negative_, options_, job.subject, masked, progress_,
-          [&](int64_t pictures) {
-            drawn += pictures;
-            effort_.add(pictures * passes_per_step());
-            progress_.status(
-                job.item->target + ": drawing pictures, " +
-                std::to_string(100 * drawn / (options_.images * options_.sampling_steps)) + " %, " +
-                effort_.time_left());
-          });
-    }
-    if (!at::isfinite(job.images.latents).all().item<bool>()) {
-      throw Error("the pictures of '" + job.item->target +
-                  "' hold NaN or infinity; use an undamaged checkpoint, or a model in float32 or "
-                  "bfloat16");
-    }
-    progress_.preview(picture_masks(model_, training_.decoder, job.images, 1, options_.width,
-                                    options_.height, checks_)[0]);
-  }
-
-  void prepare_pairs(Job& job) {
-    at::Generator generator = random_stream(options_.seed, job.subject, "pairs");
-    const int64_t rank = options_.rank;
-    const int64_t width = training_.encoder.width();
-    const at::TensorOptions floats(at::kFloat);
-    for (const Layer& layer : layers_) {
-      const auto pair = [&](int64_t rows) {
-        LoraPair out;
-        out.down = at::randn({rank, width}, generator, floats) / static_cast<double>(rank);
-        out.up = at::zeros({rows, rank}, floats);
-        out.down.requires_grad_();
-        out.up.requires_grad_();
-        return out;
-      };
-      LayerPairs& pairs = job.pairs[layer.name];
-      pairs.key = pair(layer.key_rows);
-      pairs.value = pair(layer.value_rows);
-    }
+    return drawing_passes(training_, options_) + training + 2 * options_.evaluations;
   }
 
   // A conditional forward pass of one draw of each concept, under the caller's grad mode.
@@ -351,7 +108,7 @@ class Trainer {
     std::vector<TapSample> samples;
     std::vector<at::Tensor> noisy, sigma, original, context, pooled;
     for (size_t i = 0; i < group.size(); ++i) {
-      const Job& job = *group[i];
+      const ConceptJob& job = *group[i];
       const Draw& draw = draws[i];
       samples.push_back({&job.pairs, job.tokens[draw.prompt],
                          job.images.masks.defined() ? job.images.masks[draw.image] : at::Tensor()});
@@ -377,7 +134,7 @@ class Trainer {
     return tap;
   }
 
-  static void check_loss(const Job& job, double loss) {
+  static void check_loss(const ConceptJob& job, double loss) {
     if (!std::isfinite(loss)) {
       throw Error("training '" + job.item->target +
                   "' stopped: its loss became NaN or infinity; lower the learning rate, or use a "
@@ -416,7 +173,7 @@ class Trainer {
     std::vector<AdamW> optimizers;
     std::vector<at::Tensor> parameters;
     for (auto& job : group) {
-      draws.push_back(draws_for(*job, "training"));
+      draws.emplace_back(options_.seed, *job, "training", levels_);
       std::vector<at::Tensor> own;
       for (auto& [name, pairs] : job->pairs) {
         for (at::Tensor& parameter : parameters_of(pairs)) own.push_back(std::move(parameter));
@@ -425,12 +182,8 @@ class Trainer {
       optimizers.emplace_back(std::move(own), options_.learning_rate);
     }
     for (int64_t step = 0; step < options_.steps; ++step) {
-      std::vector<Draw> shown;
-      for (size_t i = 0; i < group.size(); ++i) {
-        shown.push_back(
-            draws[i].next(group[i]->images.latents, group[i]->prompts.embedding.context.size(0)));
-      }
-      const std::vector<at::Tensor> gradients = gradients_of(group, shown, parameters);
+      const std::vector<at::Tensor> gradients =
+          gradients_of(group, next_draws(draws, group), parameters);
       auto next = gradients.begin();
       for (AdamW& optimizer : optimizers) {
         const auto end = next + static_cast<std::ptrdiff_t>(optimizer.parameters().size());
@@ -468,18 +221,15 @@ class Trainer {
     }
   }
 
-  // One capture of every concept: the queries, and which draw they belong to.
-  struct Capture {
-    std::unique_ptr<LoraTap> tap;
-    std::vector<Draw> draws;
-  };
+  // Passes of the whole group, with the queries that they showed.
+  using Captures = std::vector<std::unique_ptr<LoraTap>>;
 
   void train_cached(Group& group) {
     std::vector<Draws> draws;
     std::vector<std::map<std::string, AdamW>> optimizers(group.size());
     for (size_t i = 0; i < group.size(); ++i) {
-      Job& job = *group[i];
-      draws.push_back(draws_for(job, "training"));
+      ConceptJob& job = *group[i];
+      draws.emplace_back(options_.seed, job, "training", levels_);
       job.losses.assign(static_cast<size_t>(options_.steps), 0.0);
       for (auto& [name, pairs] : job.pairs) {
         std::vector<at::Tensor> parameters = parameters_of(pairs);
@@ -491,30 +241,22 @@ class Trainer {
     for (int64_t round = 0; round < rounds; ++round) {
       const int64_t first = options_.steps * round / rounds;
       const int64_t last = options_.steps * (round + 1) / rounds;
-      std::vector<Capture> captures;
+      Captures captures;
       for (int64_t k = 0; k < options_.captures; ++k) {
-        Capture capture;
-        for (size_t i = 0; i < group.size(); ++i) {
-          capture.draws.push_back(
-              draws[i].next(group[i]->images.latents, group[i]->prompts.embedding.context.size(0)));
-        }
-        capture.tap = forward(group, capture.draws, kMaxQueries);
-        captures.push_back(std::move(capture));
+        captures.push_back(forward(group, next_draws(draws, group), kMaxQueries));
         effort_.add(static_cast<int64_t>(group.size()));
         progress_.status(label_of(group) + ": looking at pictures, " + effort_.time_left());
       }
       for (size_t i = 0; i < group.size(); ++i) {
         // Which capture and which prompt each step shows, the same in every layer.
         std::vector<std::pair<size_t, int64_t>> shown;
-        Draws picks(
-            random_stream(options_.seed, group[i]->subject, "picks " + std::to_string(round)),
-            timesteps_, levels_);
+        Draws picks(options_.seed, *group[i], "picks " + std::to_string(round), levels_);
         for (int64_t step = first; step < last; ++step) {
           const int64_t capture = picks.by_epochs(options_.captures);
           shown.emplace_back(static_cast<size_t>(capture),
                              picks.below(group[i]->prompts.embedding.context.size(0)));
         }
-        for (const Layer& layer : layers_) {
+        for (const TrainedLayer& layer : layers_) {
           train_layer(*group[i], i, layer, captures, shown, first, optimizers[i].at(layer.name));
           effort_.add(1);
         }
@@ -527,9 +269,9 @@ class Trainer {
   }
 
   // The same loss as in `full`, of one layer, with the queries as they were captured.
-  void train_layer(Job& job, size_t index, const Layer& layer, const std::vector<Capture>& captures,
-                   const std::vector<std::pair<size_t, int64_t>>& shown, int64_t first_step,
-                   AdamW& optimizer) {
+  void train_layer(ConceptJob& job, size_t index, const TrainedLayer& layer,
+                   const Captures& captures, const std::vector<std::pair<size_t, int64_t>>& shown,
+                   int64_t first_step, AdamW& optimizer) {
     const auto weight_of = [&](const TextEntry& projection, const at::Tensor& like) {
       const at::Tensor weight = model_.effective_weight(projection.name).detach();
       return (weight.is_inference() ? weight.clone() : weight).to(like.options());
@@ -539,7 +281,7 @@ class Trainer {
     for (size_t s = 0; s < shown.size(); ++s) {
       progress_.check();
       const auto& [capture, prompt] = shown[s];
-      const CapturedQueries& queries = captures[capture].tap->captured().at(layer.name);
+      const CapturedQueries& queries = captures[capture]->captured().at(layer.name);
       const at::Tensor query = queries.queries[index].unsqueeze(0);
       if (query.size(1) == 0) continue;  // the mask leaves nothing of so small a map
       if (!key_weight.defined()) {
@@ -572,14 +314,14 @@ class Trainer {
     }
   }
 
-  TrainedConcept finish(Job& job, double mass_after) {
+  TrainedConcept finish(ConceptJob& job, double mass_after) {
     TrainedConcept out;
     out.losses = std::move(job.losses);
     out.mass_before = job.mass_before;
     out.mass_after = mass_after;
     out.pictures = picture_masks(model_, training_.decoder, job.images, training_.pictures,
                                  options_.width, options_.height, checks_);
-    for (const Layer& layer : layers_) {
+    for (const TrainedLayer& layer : layers_) {
       const auto plain = [](const LoraPair& pair) {
         return LoraPair{pair.up.detach(), pair.down.detach()};
       };
@@ -608,13 +350,10 @@ class Trainer {
   const LoraOptions& options_;
   Progress& progress_;
   ChecksOnly checks_;
-  std::vector<Layer> layers_;
-  at::Tensor levels_;
-  TimestepSampler timesteps_;
+  std::vector<TrainedLayer> layers_;
+  NoiseLevels levels_;
   Effort effort_;
-  TextEmbedding negative_;
-  std::vector<std::string> anchor_prompts_;
-  at::Tensor anchor_;
+  JobPreparation preparation_;
 };
 
 }  // namespace
@@ -626,7 +365,7 @@ void check(const LoraTraining& training, const LoraOptions& options) {
   training.model.latent_shape(options.width, options.height);
 
   const int64_t width = training.encoder.width();
-  for (const Layer& layer : layers_of(training.model, width)) {
+  for (const TrainedLayer& layer : trained_layers(training.model, width)) {
     const int64_t room = std::min({width, layer.key_rows, layer.value_rows});
     if (options.rank > room) {
       throw Error("rank " + std::to_string(options.rank) + " is above the width of layer '" +

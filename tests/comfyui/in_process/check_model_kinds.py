@@ -192,10 +192,10 @@ def test_what_cannot_draw_from_text_is_refused_at_once(
     _, clip, vae = checkpoint
     model = make()
     monkeypatch.setattr(
-        "lacuna_shim.comfyui_host.ComfyTextEncoder._encode",
+        "lacuna_shim.comfyui_text.ComfyTextEncoder._encode",
         lambda *_: pytest.fail("texts were encoded first"),
     )
-    monkeypatch.setattr("lacuna_shim.comfyui_host.ComfyTextEncoder.width", 768)
+    monkeypatch.setattr("lacuna_shim.comfyui_text.ComfyTextEncoder.width", 768)
     for attempt in (
         lambda: pack.erase(model, clip, "cached"),
         lambda: pack.evaluate(model, model, clip, vae),

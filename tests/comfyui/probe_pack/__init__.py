@@ -50,6 +50,36 @@ class Weights:
         return {"ui": {"text": [digest.hexdigest()]}}
 
 
+class Patches:
+    """Tells how many bytes the patches of a MODEL hold; what they share counts once."""
+
+    CATEGORY = "tests"
+    FUNCTION = "count"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def count(self, model: Any) -> dict[str, Any]:
+        held: dict[int, int] = {}
+
+        def look(value: Any) -> None:
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
+            elif isinstance(value, (list, tuple)):
+                for item in value:
+                    look(item)
+            elif hasattr(value, "weights"):
+                look(value.weights)
+
+        for patches in model.patches.values():
+            look(patches)
+        return {"ui": {"text": [str(sum(held.values()))]}}
+
+
 class Fail:
     """Passes the model on to nobody."""
 
@@ -184,6 +214,7 @@ NODE_CLASS_MAPPINGS = {
     "LacunaTestClipVision": ClipVision,
     "LacunaTestDetector": Detector,
     "LacunaTestWeights": Weights,
+    "LacunaTestPatches": Patches,
     "LacunaTestFail": Fail,
     "LacunaTestOutOfMemory": OutOfMemory,
     "LacunaTestOtherModel": OtherModel,

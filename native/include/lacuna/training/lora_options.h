@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <string_view>
 
+#include "lacuna/closed_form/refinement.h"
 #include "lacuna/concepts/concept_prompts.h"
+#include "lacuna/host.h"
 #include "lacuna/training/timestep_sampler.h"
 
 namespace lacuna {
@@ -51,6 +53,18 @@ struct LoraOptions {
 struct TrainingImages {
   at::Tensor latents;  // [n, c, h, w] float32
   at::Tensor masks;    // [n, H, W] in 0..1; undefined: the whole picture
+};
+
+// Everything that training reads besides concepts and options.
+struct LoraTraining {
+  Denoiser& model;
+  TextEncoder& encoder;
+  ImageDecoder* decoder = nullptr;  // for previews
+  // Train on top of its edit, as its method makes it for each concept alone; its weights do not
+  // matter here, they are those of the fusion.
+  const Refinement* refinement = nullptr;
+  TrainingImages images = {};  // the user's own; undefined latents: the model draws them
+  int64_t pictures = 8;        // at most so many pictures of a concept in its result
 };
 
 // Throws Error naming the option that is out of range.

@@ -22,17 +22,6 @@ namespace lacuna {
 // that takes attention away from the concept's tokens wherever the model would draw the concept.
 // Concepts are independent of each other: alone or in a list of a hundred, the same LoRA.
 
-struct LoraTraining {
-  Denoiser& model;
-  TextEncoder& encoder;
-  ImageDecoder* decoder = nullptr;  // for previews
-  // Train on top of its edit, as its method makes it for each concept alone; its weights do not
-  // matter here, they are those of the fusion.
-  const Refinement* refinement = nullptr;
-  TrainingImages images = {};  // the user's own; undefined latents: the model draws them
-  int64_t pictures = 8;        // at most so many pictures of a concept in its result
-};
-
 struct TrainedConcept {
   std::shared_ptr<const ConceptLora> lora;
   std::vector<double> losses;  // by step
