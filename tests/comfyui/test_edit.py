@@ -183,6 +183,26 @@ def test_strength_is_linear(
     assert _relative(_stack(saved_weights(server, "half_kv")) - middle, middle) < 1e-5
 
 
+def test_a_merge_takes_its_share_of_the_edit(
+    server: Server, build: Builder, base_weights: Weights, edited_weights: Weights
+) -> None:
+    inputs = {"model1": ["refine", 0], "model2": ["ckpt", 0], "ratio": 0.25}
+    merge = {"merge": {"class_type": "ModelMergeSimple", "inputs": inputs}}
+    server.run(build.edit() | merge | build.weights(["merge", 0], "merged", "merged_kv"))
+    base, edited = _stack(base_weights), _stack(edited_weights)
+    merged = _stack(saved_weights(server, "merged_kv"))
+    assert _relative(merged - base - 0.25 * (edited - base), edited - base) < 1e-3
+
+
+def test_one_map_is_held_for_all_matrices(
+    server: Server, build: Builder, base_weights: Weights
+) -> None:
+    count = {"patches": {"class_type": "LacunaTestPatches", "inputs": {"model": ["refine", 0]}}}
+    held = int(server.run(build.edit() | count).outputs["patches"]["text"][0])
+    width = next(iter(base_weights.values())).shape[1]
+    assert 0 < held <= 4 * width * width  # a float32 matrix, where eight weights are patched
+
+
 def test_bypass_restores(server: Server, build: Builder) -> None:
     """The edited model and the plain one in one prompt, then the plain one alone."""
     both = build.edit() | build.sample(["refine", 0], "erased") | build.sample(["ckpt", 0], "kept")
