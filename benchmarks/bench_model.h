@@ -76,7 +76,8 @@ class BenchModel : public Denoiser {
   std::shared_ptr<Denoiser> with_weight_maps(const std::vector<TextMap>&, double) override {
     throw unused();
   }
-  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>&, double,
+  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>&,
+                                            const std::vector<WeightDelta>&, double,
                                             const std::shared_ptr<const TextGate>&) override {
     throw unused();
   }

@@ -34,8 +34,6 @@ RefinementOptions read_refinement_options(const NodeInputs& inputs) {
   return options;
 }
 
-enum class AppliedTo { kNothing, kWeights, kNamingPrompts, kConditioning, kConditioningOfPacked };
-
 constexpr double kNoChange = 1e-9;  // of the projections' norm
 
 // Whatever the edit depends on beside model, text encoder and concepts.
@@ -46,31 +44,6 @@ struct RefineSettings {
   LoraLimits limits;
   bool with_pooled = false;
 };
-
-std::string applied(AppliedTo to) {
-  // No saver and no merge of the host sees an edit of the conditioning.
-  const std::string unsaved =
-      ": it acts in pictures drawn with this MODEL and is no part of its weights, so that Save "
-      "Checkpoint writes the model with the concepts still in it. To pass the edit on, save the "
-      "LoRA, which holds it";
-  switch (to) {
-    case AppliedTo::kNothing:
-      return "\nStrength 0: the model is unchanged.";
-    case AppliedTo::kWeights:
-      return "\nApplied to the weights.";
-    case AppliedTo::kNamingPrompts:
-      return "\nActs on prompts that name a concept; every other prompt is drawn by the model as "
-             "it "
-             "was" +
-             unsaved + " and acts on every prompt, or set 'where' to every prompt.";
-    case AppliedTo::kConditioning:
-      return "\nApplied to the conditioning, as 'apply as' says" + unsaved +
-             ", or set 'apply as' to weights.";
-    case AppliedTo::kConditioningOfPacked:
-      break;
-  }
-  return "\nApplied to the conditioning, because this model's weights are packed" + unsaved + ".";
-}
 
 std::string report(const RefinedEdit& edit, RetainSetSize asked, double strength, AppliedTo to) {
   const Refinement& refinement = *edit.refinement;
@@ -109,11 +82,8 @@ std::string report(const RefinedEdit& edit, RetainSetSize asked, double strength
                               .general_prior = refinement.concepts.general_prior,
                               .regularization = refinement.options.regularization});
   }
-  text += applied(to);
-  if (to == AppliedTo::kNamingPrompts && !edit.gate.confused.empty()) {
-    text += "\nCannot tell " + joined(edit.gate.confused, 8) +
-            ": a prompt that names the second is edited, too; choose another wording of the first.";
-  }
+  text += applied_line(to);
+  if (to == AppliedTo::kNamingPrompts) text += confusion_line(edit.gate.confused);
   text += "\nLoRA: rank " + std::to_string(lora.rank) +
           format_numbers(", leaves out %.3g %% of the edit.", 100 * lora.residual);
   return text;
@@ -162,14 +132,8 @@ std::shared_ptr<const RefinedEdit> refine(Denoiser& model, TextEncoder& clip,
   problem.retain = std::exchange(retained.gram, at::Tensor());
   FittedGate gate;
   if (settings.gated) {
-    // A gate needs words to tell the concepts from, whatever is retained.
-    const RetainSetSize words =
-        settings.retain == RetainSetSize::kNone ? RetainSetSize::kSmall : settings.retain;
-    gate = fit_gate(clip, concepts.concepts, concepts.preserve,
-                    retained.frames.empty()
-                        ? collect_retain_set(clip, concepts.concepts, words, progress, &statistics)
-                        : retained,
-                    progress, &statistics);
+    gate = fit_gate(clip, concepts.concepts, concepts.preserve, retained, settings.retain, progress,
+                    &statistics);
   }
   retained.kept = {};
   Refinement refinement = solve_refinement(problem, options, gram);
@@ -366,7 +330,7 @@ NodeResult AttentionRefineNode::run(const NodeInputs& inputs, Progress& progress
       !settings.gated && (apply_as == "weights" || (apply_as == "auto" && !packed));
   std::shared_ptr<Denoiser> erased =
       as_weights ? model->with_weight_maps(edit->maps, strength)
-                 : model->with_input_maps(edit->maps, strength, edit->gate.gate);
+                 : model->with_input_maps(edit->maps, {}, strength, edit->gate.gate);
   LoraTensors tensors = scaled(edit->lora.tensors, strength);
   if (edit->pooled_lora) tensors.merge(scaled(edit->pooled_lora->tensors, strength));
   const AppliedTo to = strength == 0.0  ? AppliedTo::kNothing

@@ -53,6 +53,37 @@ std::string retain_set_line(const RetainSet& set, RetainSetSize asked) {
   return text;
 }
 
+std::string applied_line(AppliedTo to) {
+  // No saver and no merge of the host sees an edit of the conditioning.
+  const std::string unsaved =
+      ": it acts in pictures drawn with this MODEL and is no part of its weights, so that Save "
+      "Checkpoint writes the model with the concepts still in it. To pass the edit on, save the "
+      "LoRA, which holds it";
+  switch (to) {
+    case AppliedTo::kNothing:
+      return "\nStrength 0: the model is unchanged.";
+    case AppliedTo::kWeights:
+      return "\nApplied to the weights.";
+    case AppliedTo::kNamingPrompts:
+      return "\nActs on prompts that name a concept; every other prompt is drawn by the model as "
+             "it "
+             "was" +
+             unsaved + " and acts on every prompt, or set 'where' to every prompt.";
+    case AppliedTo::kConditioning:
+      return "\nApplied to the conditioning, as 'apply as' says" + unsaved +
+             ", or set 'apply as' to weights.";
+    case AppliedTo::kConditioningOfPacked:
+      break;
+  }
+  return "\nApplied to the conditioning, because this model's weights are packed" + unsaved + ".";
+}
+
+std::string confusion_line(const std::vector<std::string>& confused) {
+  if (confused.empty()) return {};
+  return "\nCannot tell " + joined(confused, 8) +
+         ": a prompt that names the second is edited, too; choose another wording of the first.";
+}
+
 std::string violence_warning(const EditSize& edit) {
   const bool unheld = edit.general_prior == GeneralPriorSize::kNone && edit.preserved == 0;
   const double bearable = edit.retained > 0 ? kBearableRetained

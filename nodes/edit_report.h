@@ -29,6 +29,14 @@ std::string joined(const std::vector<std::string>& names, size_t shown);
 // What the retain set kept and left out, as a line of its own; empty when none was asked for.
 std::string retain_set_line(const RetainSet& set, RetainSetSize asked);
 
+// What an edit was made on.
+enum class AppliedTo { kNothing, kWeights, kNamingPrompts, kConditioning, kConditioningOfPacked };
+// That, and what no file of the host's holds of it: a line of its own.
+std::string applied_line(AppliedTo to);
+
+// What a gate cannot tell apart (FittedGate::confused), a line of its own; empty for nothing.
+std::string confusion_line(const std::vector<std::string>& confused);
+
 // For the report of a node, before anybody draws: a line that says that such an edit damages
 // pictures, and what to change in the node at hand; empty where the edit is of usual size.
 std::string violence_warning(const EditSize& edit);

@@ -12,6 +12,7 @@
 #include "lacuna/closed_form/lora_export.h"
 #include "lacuna/closed_form/low_rank.h"
 #include "lacuna/closed_form/text_entry.h"
+#include "lacuna/closed_form/text_gate.h"
 #include "lacuna/concepts/typed_list.h"
 #include "lacuna/error.h"
 #include "lacuna/files/text.h"
@@ -22,7 +23,7 @@
 namespace lacuna {
 namespace {
 
-constexpr int64_t kFuseCacheBytes = 256ll << 20;  // preserved phrases and the general prior
+constexpr int64_t kFuseCacheBytes = 256ll << 20;  // preserved phrases, general prior and the gate
 constexpr std::array<const char*, 4> kLorasInputs{"loras", "loras_2", "loras_3", "loras_4"};
 constexpr double kMaxStrength = 2.0;
 
@@ -154,7 +155,7 @@ Selection select(const std::vector<std::shared_ptr<const LoraBundle>>& bundles,
 
 std::string report(const Selection& selection, const FusionOptions& options, const Fusion& fusion,
                    const LoraExport& lora, const RetainSet& retained, RetainSetSize asked,
-                   double original_norm, double strength) {
+                   double original_norm, double strength, AppliedTo to, const FittedGate& gate) {
   const LoraBundle& bundle = selection.bundle;
   const size_t n = bundle.concepts.size();
   std::map<std::string, double> strength_of;
@@ -180,15 +181,18 @@ std::string report(const Selection& selection, const FusionOptions& options, con
                          100 * lora.edit_norm / original_norm, fusion.condition);
   text +=
       fusion.floor_added > 0.0 ? format_numbers(", floor %.2g added.", fusion.floor_added) : ".";
-  text += violence_warning({.relative = lora.edit_norm / original_norm,
-                            .strength = strength,
-                            .concepts = n,
-                            .preserved = bundle.preserve.size(),
-                            .retain_asked = asked,
-                            .retained = retained.words,
-                            .general_prior = bundle.general_prior,
-                            .regularization = options.regularization});
-  text += strength == 0.0 ? "\nStrength 0: the model is unchanged." : "\nApplied to the weights.";
+  // Of prompts that name nothing a gated edit changes nothing.
+  if (to != AppliedTo::kNamingPrompts) {
+    text += violence_warning({.relative = lora.edit_norm / original_norm,
+                              .strength = strength,
+                              .concepts = n,
+                              .preserved = bundle.preserve.size(),
+                              .retain_asked = asked,
+                              .retained = retained.words,
+                              .general_prior = bundle.general_prior,
+                              .regularization = options.regularization});
+  }
+  text += applied_line(to) + confusion_line(gate.confused);
   text += "\nLoRA: rank " + std::to_string(lora.rank) +
           format_numbers(", leaves out %.3g %% of the edit.", 100 * lora.residual);
   return text;
@@ -266,6 +270,7 @@ const NodeSchema& LoraFuseNode::schema() const {
               lora_rank_input(),
               lora_rank_limit_input(),
               retain_set_input(),
+              where_input(),
           },
       .outputs =
           {{"model", "model", socket::kModel, "The model without the concepts."},
@@ -339,6 +344,12 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   RetainSet retained =
       collect_retain_set(*clip, fused, retained_size(asked, fused), progress, &*cache);
   kept.retain = std::exchange(retained.gram, at::Tensor());
+  const bool gated = inputs.string("where") == kNamingPrompts && strength != 0.0;
+  FittedGate gate;
+  if (gated) {
+    gate = fit_gate(*clip, fused, bundle.preserve, retained, asked, progress, &*cache);
+  }
+  retained.kept = {};
   auto sums = sums_.borrow();
   sums->assign(bundle.concepts);
   const Fusion fusion = sums->solve(kept, options, selection.strengths, progress);
@@ -347,13 +358,18 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
       export_lora(*model, projections, fusion.patch, factors, limits, strength, progress);
   // At strength 0 the model itself, so that not even rounding differs.
   std::shared_ptr<Denoiser> erased_model = model;
-  if (strength != 0.0) {
+  if (gated) {
+    erased_model = with_gated_patch(*model, projections, fusion.patch, strength, gate.gate);
+  } else if (strength != 0.0) {
     erased_model = with_patch(*model, projections, fusion.patch, strength);
   }
+  const AppliedTo to = strength == 0.0 ? AppliedTo::kNothing
+                       : gated         ? AppliedTo::kNamingPrompts
+                                       : AppliedTo::kWeights;
 
   const double original_norm = rows.norm().item<double>();
   std::string text =
-      report(selection, options, fusion, lora, retained, asked, original_norm, strength);
+      report(selection, options, fusion, lora, retained, asked, original_norm, strength, to, gate);
   NodeResult result;
   result.text = {text};
   result.outputs = {std::move(erased_model), std::make_shared<const LoraTensors>(lora.tensors),

@@ -154,11 +154,8 @@ class PythonDenoiser final : public Denoiser {
   std::shared_ptr<Denoiser> with_weight_deltas(const std::vector<WeightDelta>& deltas,
                                                double strength) override {
     py::gil_scoped_acquire gil;
-    py::list list;
-    for (const WeightDelta& delta : deltas) {
-      list.append(py::make_tuple(delta.name, delta.up, optional(delta.down)));
-    }
-    return wrap_denoiser(handle_.call<py::object>("with_weight_deltas", list, strength));
+    return wrap_denoiser(
+        handle_.call<py::object>("with_weight_deltas", to_python(deltas), strength));
   }
 
   std::shared_ptr<Denoiser> with_weight_maps(const std::vector<TextMap>& maps,
@@ -167,12 +164,13 @@ class PythonDenoiser final : public Denoiser {
     return wrap_denoiser(handle_.call<py::object>("with_weight_maps", to_python(maps), strength));
   }
 
-  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps, double strength,
+  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps,
+                                            const std::vector<WeightDelta>& deltas, double strength,
                                             const std::shared_ptr<const TextGate>& gate) override {
     py::gil_scoped_acquire gil;
     const py::object when = gate == nullptr ? py::none() : to_python(*gate);
-    return wrap_denoiser(
-        handle_.call<py::object>("with_input_maps", to_python(maps), strength, when));
+    return wrap_denoiser(handle_.call<py::object>("with_input_maps", to_python(maps), strength,
+                                                  when, to_python(deltas)));
   }
 
   at::Tensor noise_levels() override { return handle_.attribute<at::Tensor>("noise_levels"); }
@@ -219,6 +217,14 @@ class PythonDenoiser final : public Denoiser {
           py::make_tuple(test.now, optional(test.before), test.offset, test.last_row_only));
     }
     return py::make_tuple(tests, gate.window);
+  }
+
+  static py::list to_python(const std::vector<WeightDelta>& deltas) {
+    py::list list;
+    for (const WeightDelta& delta : deltas) {
+      list.append(py::make_tuple(delta.name, delta.up, optional(delta.down)));
+    }
+    return list;
   }
 
   static py::list to_python(const std::vector<TextMap>& maps) {

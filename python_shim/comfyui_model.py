@@ -192,15 +192,22 @@ class ComfyDenoiser:
         return ComfyDenoiser(patcher)
 
     def with_input_maps(
-        self, maps: Sequence[TextMap], strength: float, gate: GateParts | None = None
+        self,
+        maps: Sequence[TextMap],
+        strength: float,
+        gate: GateParts | None = None,
+        deltas: Sequence[Delta] = (),
     ) -> ComfyDenoiser:
         patcher = self.patcher.clone()
         for entries, out, inner in maps if strength != 0.0 else ():
-            self._require([name for name, _, _ in entries])
+            names = [name for name, _, _ in entries]
+            self._require(names)
+            opens = gate and TextGate(*gate)
+            beside = [delta for delta in deltas if delta[0] in names]
             patcher.add_wrapper_with_key(
                 comfy.patcher_extension.WrappersMP.APPLY_MODEL,
                 "lacuna",
-                InputMap(entries, out, inner, gate and TextGate(*gate), strength),
+                InputMap(entries, out, inner, opens, strength, beside),
             )
         return ComfyDenoiser(patcher)
 

@@ -8,12 +8,14 @@ import copy
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from . import clip_bpe, lora_file, sampling, sd1_checkpoint
 from .autograd import (
@@ -135,9 +137,11 @@ class _InputMap:
     factors: tuple[torch.Tensor, ...]  # x <- x + strength * x @ factors[0] @ ...
     strength: float
     gate: TextGate | None = None
+    # of such weights, added to what they make of the text before the map: strength * x @ ...
+    deltas: tuple[tuple[str, tuple[torch.Tensor, ...]], ...] = ()
 
-    def hook(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        seen: list[torch.Tensor] = []  # all layers of all steps read one tensor: mapped once
+    def hooks(self, modules: Mapping[str, torch.nn.Module]) -> list[RemovableHandle]:
+        seen: list[Any] = []  # all layers of all steps read one tensor: mapped once; for whom
 
         def mapped(
             _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
@@ -146,10 +150,29 @@ class _InputMap:
             if not seen or seen[0] is not text:
                 change = change_of(text, self.factors)
                 opened = None if self.gate is None else self.gate(text)
-                seen[:] = [text, mapped_where(text, text + self.strength * change, opened)]
+                changed = text + self.strength * change
+                seen[:] = [text, mapped_where(text, changed, opened), opened]
             return (seen[1], *inputs[1:])
 
-        return mapped
+        def added(factors: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:
+            def add(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+                text, _, opened = seen
+                if opened is not None and not bool(opened.any()):
+                    return output
+                change = self.strength * change_of(text, factors)
+                return mapped_where(output, output + change, opened)
+
+            return add
+
+        # A later edit is the first to see the text: W N1 N2, as for weights.
+        return [
+            modules[name].register_forward_pre_hook(mapped, prepend=True) for name in self.names
+        ] + [modules[name].register_forward_hook(added(factors)) for name, factors in self.deltas]
+
+
+def _factors(out: torch.Tensor, inner: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """x @ factors[0] @ factors[1] is what out @ inner, or out alone, makes of rows x."""
+    return tuple(t.detach().T for t in (inner, out) if t is not None)
 
 
 class _LastAttentionSeen(BaseException):
@@ -294,21 +317,29 @@ class DiffusersDenoiser:
         return replace(self, _changes=self._changes + added)
 
     def with_input_maps(
-        self, maps: Sequence[TextMap], strength: float, gate: GateParts | None = None
+        self,
+        maps: Sequence[TextMap],
+        strength: float,
+        gate: GateParts | None = None,
+        deltas: Sequence[Delta] = (),
     ) -> DiffusersDenoiser:
         self._check(maps)
         if strength == 0.0:
             return self
-        added = tuple(
-            _InputMap(
-                tuple(name for name, _, _ in entries),
-                tuple(t.detach().T for t in (inner, out) if t is not None),
-                float(strength),
-                gate and TextGate(*gate),
+        beside = {name: _factors(up, down) for name, up, down in deltas}
+        added = []
+        for entries, out, inner in maps:
+            names = tuple(name for name, _, _ in entries)
+            added.append(
+                _InputMap(
+                    names,
+                    _factors(out, inner),
+                    float(strength),
+                    gate and TextGate(*gate),
+                    tuple((name, beside[name]) for name in names if name in beside),
+                )
             )
-            for entries, out, inner in maps
-        )
-        return replace(self, _input_maps=self._input_maps + added)
+        return replace(self, _input_maps=(*self._input_maps, *added))
 
     def _check(self, maps: Sequence[TextMap]) -> None:
         for entries, out, inner in maps:
@@ -448,12 +479,13 @@ class DiffusersDenoiser:
         handles = []
         try:
             for each in self._input_maps:
-                hook = each.hook()
-                for name in each.names:
-                    path = self._base.module_names[name].removesuffix(".weight")
-                    module = self._base.unet.get_submodule(path)
-                    # A later edit is the first to see the text: W N1 N2, as for weights.
-                    handles.append(module.register_forward_pre_hook(hook, prepend=True))
+                paths = {
+                    name: self._base.module_names[name].removesuffix(".weight")
+                    for name in each.names
+                }
+                handles += each.hooks(
+                    {name: self._base.unet.get_submodule(path) for name, path in paths.items()}
+                )
             yield
         finally:
             for handle in handles:

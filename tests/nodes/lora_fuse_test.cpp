@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <ATen/ops/count_nonzero.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/ones.h>
 
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <set>
 
 #include "lacuna/error.h"
@@ -37,10 +39,10 @@ std::vector<std::string> input_ids(const NodeSchema& schema) {
 // Saved workflows store widgets by position: this order may only grow.
 TEST(Schemas, OrderOfTheFusionNodesIsFrozen) {
   EXPECT_EQ(input_ids(LoraFuseNode().schema()),
-            (std::vector<std::string>{"model", "clip", "loras", "loras_2", "loras_3", "loras_4",
-                                      "concepts", "strength", "mode", "preserve_weight",
-                                      "prior_weight", "regularization", "concept_strengths",
-                                      "leave_out", "lora_rank", "lora_rank_limit", "retain_set"}));
+            (std::vector<std::string>{
+                "model", "clip", "loras", "loras_2", "loras_3", "loras_4", "concepts", "strength",
+                "mode", "preserve_weight", "prior_weight", "regularization", "concept_strengths",
+                "leave_out", "lora_rank", "lora_rank_limit", "retain_set", "where"}));
   EXPECT_EQ(input_ids(SaveBundleNode("x").schema()),
             (std::vector<std::string>{"loras", "filename_prefix"}));
   EXPECT_EQ(input_ids(LoadBundleNode("x").schema()), (std::vector<std::string>{"file"}));
@@ -118,6 +120,44 @@ class LoraFuseTest : public testing::DeviceTest {
   testing::CountingProgress progress_;
 };
 INSTANTIATE_TEST_SUITE_P(Devices, LoraFuseTest, ::testing::ValuesIn(testing::devices()));
+
+TEST(Schemas, SavedFusionsActOnEveryPrompt) {
+  const LoraFuseNode node;
+  EXPECT_EQ(NodeInputs(node.schema(), {}).string("where"), "every prompt");
+  const auto declared = nlohmann::json::parse(to_json({node.schema()}))[0]["inputs"];
+  EXPECT_EQ(declared.back()["default"], "prompts that name it");
+}
+
+// The whole fused edit, the low-rank part included, on prompts that name a concept.
+TEST_P(LoraFuseTest, ActsWhereAPromptNamesAConcept) {
+  for (int i = 0; i < 60; ++i) {
+    clip_->vocabulary_.push_back(std::string("word") + static_cast<char>('a' + i / 26) +
+                                 static_cast<char>('a' + i % 26));
+  }
+  const NodeResult gated = run({{"where", std::string("prompts that name it")}});
+  const NodeResult everywhere = run({{"where", std::string("every prompt")}});
+  EXPECT_EQ(at::count_nonzero(change(gated)).item<int64_t>(), 0) << "no weight is patched";
+  const auto drawn = [&](Denoiser& model, const std::string& prompt) {
+    SamplingRequest request;
+    request.positive = clip_->encode({prompt});
+    request.negative = clip_->encode({""});
+    request.latent = at::zeros({1, 4, 4, 4});
+    return model.sample(request, [](int64_t, int64_t) {});
+  };
+  const std::string other = "a photo of wordac";
+  const std::string named = "a photo of owl";
+  EXPECT_TRUE(at::equal(drawn(*model_of(gated), other), drawn(*model_, other)));
+  EXPECT_GT(relative_difference(drawn(*model_of(gated), named), drawn(*model_, named)), 1e-3);
+  EXPECT_LT(
+      relative_difference(drawn(*model_of(gated), named), drawn(*model_of(everywhere), named)),
+      1e-4);
+  EXPECT_NE(report_of(gated).find("Acts on prompts that name a concept"), std::string::npos);
+  EXPECT_NE(report_of(everywhere).find("Applied to the weights"), std::string::npos);
+  // Not even a gate is fitted where nothing is to be done.
+  const NodeResult silent =
+      run({{"where", std::string("prompts that name it")}, {"strength", 0.0}});
+  EXPECT_EQ(model_of(silent), model_);
+}
 
 TEST_P(LoraFuseTest, PatchesTheModelAsTheFormulaSays) {
   std::map<std::string, at::Tensor> before;

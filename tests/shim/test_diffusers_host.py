@@ -415,6 +415,16 @@ def test_a_map_is_the_same_on_weights_and_on_what_they_read(demo):
     expected = sample(patched.with_weight_maps(swapped, -0.5), clip)
     twice = mapped.with_input_maps(swapped, -0.5)
     torch.testing.assert_close(sample(twice, clip), expected, atol=2e-3, rtol=1e-4)
+    # what weights add beside it reads the text as it came: W (I + s D) e + s up down e
+    deltas = [(KEY, noise(320, 3, seed=5, scale=0.1), noise(3, 768, seed=6, scale=0.1)),
+              (VALUE, noise(320, 768, seed=7, scale=0.02), None)]  # fmt: skip
+    expected = sample(patched.with_weight_deltas(deltas, 0.7), clip)
+    assert (expected - sample(patched, clip)).abs().max() > 0.05
+    beside = model.with_input_maps(maps, 0.7, None, deltas)
+    torch.testing.assert_close(sample(beside, clip), expected, atol=2e-3, rtol=1e-4)
+    never = [(torch.zeros(768, 1), None, torch.ones(1), False)], 77
+    closed = model.with_input_maps(maps, 0.7, never, deltas)
+    assert torch.equal(sample(closed, clip), plain)
     # two factors are their product
     out, inner = noise(768, 4, seed=3, scale=0.1), noise(4, 768, seed=4, scale=0.1)
     for place in ("with_weight_maps", "with_input_maps"):

@@ -198,9 +198,11 @@ class Denoiser {
                                                      double strength) = 0;
   // The same edit made on the inputs of the entries while the model runs: for weights that cannot
   // be patched, and, with a gate, for prompts that it opens for only (null: all of them), the
-  // others being read as they are, bit for bit. No file of the host's holds it.
+  // others being read as they are, bit for bit. deltas: of weights that `maps` name, added to what
+  // the weights make of the text before the map: x reads as W N x + up down x. No file of the
+  // host's holds it.
   virtual std::shared_ptr<Denoiser> with_input_maps(
-      const std::vector<TextMap>& maps, double strength,
+      const std::vector<TextMap>& maps, const std::vector<WeightDelta>& deltas, double strength,
       const std::shared_ptr<const TextGate>& gate) = 0;
   // Sigma of every training timestep, ascending, [1000] float32 CPU.
   virtual at::Tensor noise_levels() = 0;

@@ -12,6 +12,27 @@ namespace {
 constexpr std::string_view kPatchFormat = "lacuna.patch/1";
 constexpr std::string_view kB = ".b";
 constexpr std::string_view kR = ".r";
+
+// The patch as a host takes it.
+struct PatchParts {
+  TextMap map;
+  std::vector<WeightDelta> deltas;
+};
+
+PatchParts parts_of(Denoiser& model, const std::vector<TextEntry>& projections,
+                    const ErasurePatch& patch) {
+  PatchParts parts;
+  std::vector<TextEntry> mapped;
+  for (const TextEntry& projection : projections) {
+    if (patch.edits(projection)) mapped.push_back(projection);
+    if (!patch.pairs.contains(projection.lora_name)) continue;
+    const LowRankPair& pair = *pair_of(patch, projection, model.effective_weight(projection.name));
+    parts.deltas.push_back({projection.name, pair.b.to(at::kFloat),
+                            pair.r.to(at::kFloat).transpose(0, 1).contiguous()});
+  }
+  parts.map = text_map(patch.delta, mapped);
+  return parts;
+}
 }  // namespace
 
 bool ErasurePatch::edits(const TextEntry& projection) const {
@@ -51,17 +72,17 @@ TextMap text_map(const at::Tensor& delta, const std::vector<TextEntry>& projecti
 
 std::shared_ptr<Denoiser> with_patch(Denoiser& model, const std::vector<TextEntry>& projections,
                                      const ErasurePatch& patch, double strength) {
-  std::vector<TextEntry> mapped;
-  std::vector<WeightDelta> deltas;
-  for (const TextEntry& projection : projections) {
-    if (patch.edits(projection)) mapped.push_back(projection);
-    if (!patch.pairs.contains(projection.lora_name)) continue;
-    const LowRankPair& pair = *pair_of(patch, projection, model.effective_weight(projection.name));
-    deltas.push_back({projection.name, pair.b.to(at::kFloat),
-                      pair.r.to(at::kFloat).transpose(0, 1).contiguous()});
-  }
-  const auto edited = model.with_weight_maps({text_map(patch.delta, mapped)}, strength);
-  return deltas.empty() ? edited : edited->with_weight_deltas(deltas, strength);
+  const PatchParts parts = parts_of(model, projections, patch);
+  const auto edited = model.with_weight_maps({parts.map}, strength);
+  return parts.deltas.empty() ? edited : edited->with_weight_deltas(parts.deltas, strength);
+}
+
+std::shared_ptr<Denoiser> with_gated_patch(Denoiser& model,
+                                           const std::vector<TextEntry>& projections,
+                                           const ErasurePatch& patch, double strength,
+                                           const std::shared_ptr<const TextGate>& gate) {
+  const PatchParts parts = parts_of(model, projections, patch);
+  return model.with_input_maps({parts.map}, parts.deltas, strength, gate);
 }
 
 void save_patch(const ErasurePatch& patch, const std::string& path) {

@@ -234,6 +234,17 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
   return fitted;
 }
 
+FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
+                    const std::vector<PreservedPhrase>& preserve, const RetainSet& retained,
+                    RetainSetSize asked, Progress& progress, StatisticsCache* cache) {
+  if (!retained.frames.empty()) {
+    return fit_gate(encoder, concepts, preserve, retained, progress, cache);
+  }
+  const RetainSetSize size = asked == RetainSetSize::kNone ? RetainSetSize::kSmall : asked;
+  const RetainSet words = collect_retain_set(encoder, concepts, size, progress, cache);
+  return fit_gate(encoder, concepts, preserve, words, progress, cache);
+}
+
 at::Tensor opens(const TextGate& gate, const at::Tensor& context) {
   at::Tensor open = at::zeros({context.size(0)}, at::kBool);
   for (const at::Tensor& window : context.to(at::kCPU, at::kFloat).split(gate.window, 1)) {

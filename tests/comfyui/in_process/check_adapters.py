@@ -499,7 +499,20 @@ def test_maps_are_the_same_on_weights_and_on_what_they_read(
         rtol=1e-3,
         atol=1e-3,
     )
-    assert not any(module._forward_pre_hooks for module in model.model.modules())
+    # what weights add beside the map reads the text as it came: W (I + s D) e + s up down e
+    rows = [(name, denoiser.effective_weight(name).shape[0]) for name in denoiser._names]
+    deltas = [(name, torch.randn(n, 3) * 0.1, torch.randn(3, 768) * 0.1) for name, n in rows]
+    deltas[0] = (rows[0][0], torch.randn(rows[0][1], 768) * 0.02, None)
+    mapped = denoiser.with_weight_maps(maps, 0.7)
+    expected = sample(mapped.with_weight_deltas(deltas, 0.7).patcher, clip)
+    assert not torch.allclose(sample(mapped.patcher, clip), expected, atol=1e-2)
+    beside = denoiser.with_input_maps(maps, 0.7, None, deltas)
+    torch.testing.assert_close(sample(beside.patcher, clip), expected, rtol=1e-3, atol=2e-3)
+    never = [(torch.zeros(768, 1), None, torch.ones(1), False)], 77
+    closed = denoiser.with_input_maps(maps, 0.7, never, deltas)
+    assert torch.equal(sample(closed.patcher, clip), sample(model, clip))
+    for module in model.model.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
 
 
 def test_a_shared_map_lives_with_other_patches(host: ModuleType, checkpoint: Any) -> None:

@@ -122,7 +122,7 @@ std::shared_ptr<Denoiser> FakeDenoiser::with_weight_maps(const std::vector<TextM
 }
 
 std::shared_ptr<Denoiser> FakeDenoiser::with_input_maps(
-    const std::vector<TextMap>& maps, double strength,
+    const std::vector<TextMap>& maps, const std::vector<WeightDelta>& deltas, double strength,
     const std::shared_ptr<const TextGate>& gate) {
   auto patched = std::make_shared<FakeDenoiser>(*this);
   for (const TextMap& map : maps) {
@@ -132,23 +132,26 @@ std::shared_ptr<Denoiser> FakeDenoiser::with_input_maps(
     }
     patched->gate_ = gate;
   }
+  for (const WeightDelta& delta : deltas) {
+    patched->added_[delta.name] =
+        strength * (delta.down.defined() ? at::matmul(delta.up, delta.down) : delta.up);
+  }
   return patched;
 }
 
 at::Tensor FakeDenoiser::read(const TextEntry& projection, const at::Tensor& context) const {
   const at::Tensor& weight = weights_.at(projection.name);
-  at::Tensor x = context.to(weight);
-  if (const auto it = input_maps_.find(projection.name); it != input_maps_.end()) {
-    const at::Tensor mapped = x + at::matmul(x, it->second.t().to(weight));
-    if (gate_ == nullptr) {
-      x = mapped;
-    } else {
-      const at::Tensor prompts = x.dim() == 2 ? x.unsqueeze(0) : x;
-      const at::Tensor open = opens(*gate_, prompts).to(x.device());
-      x = at::where(open.reshape({-1, 1, 1}), mapped, prompts).reshape(x.sizes());
-    }
+  const at::Tensor x = context.to(weight);
+  const at::Tensor plain = at::matmul(x, weight.t());
+  const auto map = input_maps_.find(projection.name);
+  if (map == input_maps_.end()) return plain;
+  at::Tensor edited = at::matmul(x + at::matmul(x, map->second.t().to(weight)), weight.t());
+  if (const auto it = added_.find(projection.name); it != added_.end()) {
+    edited = edited + at::matmul(x, it->second.t().to(weight));
   }
-  return at::matmul(x, weight.t());
+  if (gate_ == nullptr) return edited;
+  const at::Tensor open = opens(*gate_, x.dim() == 2 ? x.unsqueeze(0) : x).to(x.device());
+  return at::where(open.reshape({-1, 1, 1}), edited, plain).reshape(plain.sizes());
 }
 
 at::Tensor FakeDenoiser::noise_levels() {

@@ -60,7 +60,8 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
                                                double strength) override;
   std::shared_ptr<Denoiser> with_weight_maps(const std::vector<TextMap>& maps,
                                              double strength) override;
-  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps, double strength,
+  std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps,
+                                            const std::vector<WeightDelta>& deltas, double strength,
                                             const std::shared_ptr<const TextGate>& gate) override;
   at::Tensor noise_levels() override;
   std::vector<int64_t> latent_shape(int64_t width, int64_t height) override;
@@ -78,7 +79,8 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
   std::vector<TextEntry> projections_;
   std::map<std::string, at::Tensor> weights_;
   std::map<std::string, at::Tensor> input_maps_;  // by weight: strength delta, [d, d]
-  std::shared_ptr<const TextGate> gate_;          // of the input maps
+  std::map<std::string, at::Tensor> added_;       // beside them: strength up down, [out, d]
+  std::shared_ptr<const TextGate> gate_;          // of both
 
  private:
   // What a projection makes of an embedding, [..., d].

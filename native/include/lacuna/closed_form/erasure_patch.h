@@ -47,6 +47,11 @@ TextMap text_map(const at::Tensor& delta, const std::vector<TextEntry>& projecti
 // low-rank pair does not fit.
 std::shared_ptr<Denoiser> with_patch(Denoiser& model, const std::vector<TextEntry>& projections,
                                      const ErasurePatch& patch, double strength);
+// The same edit where the gate opens, made while the model runs. Throws Error as with_patch.
+std::shared_ptr<Denoiser> with_gated_patch(Denoiser& model,
+                                           const std::vector<TextEntry>& projections,
+                                           const ErasurePatch& patch, double strength,
+                                           const std::shared_ptr<const TextGate>& gate);
 
 // `*.safetensors` with metadata "format": "lacuna.patch/1". Written to a temporary name and
 // renamed.

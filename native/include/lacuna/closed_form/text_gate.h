@@ -31,6 +31,11 @@ struct FittedGate {
 
 // retained: of collect_retain_set for the same concepts; preserve: phrases that must stay, too;
 // cache: may be null; after collect_problem with the same cache half of the prompts are known.
+// Words to tell the concepts from are needed in any case: where nothing is retained (a style, or
+// none asked for) a set of that size is read, the small one at least.
+FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
+                    const std::vector<PreservedPhrase>& preserve, const RetainSet& retained,
+                    RetainSetSize asked, Progress& progress, StatisticsCache* cache);
 FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
                     const std::vector<PreservedPhrase>& preserve, const RetainSet& retained,
                     Progress& progress, StatisticsCache* cache = nullptr);
