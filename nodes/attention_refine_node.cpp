@@ -257,7 +257,7 @@ const NodeSchema& AttentionRefineNode::schema() const {
                .advanced = true,
                .default_value = false},
               retain_set_input(),
-              where_input(),
+              where_input(kNamingPrompts),
           },
       .outputs =
           {{"model", "model", socket::kModel, "The model without the concepts."},

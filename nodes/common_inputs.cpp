@@ -115,7 +115,7 @@ InputSpec retain_set_input() {
           .options = {"none", "small", "full"}};
 }
 
-InputSpec where_input() {
+InputSpec where_input(const char* standard) {
   return {
       .id = "where",
       .display_name = "where",
@@ -126,7 +126,7 @@ InputSpec where_input() {
           "model runs, and no checkpoint can hold it. every prompt: a weight edit, which Save "
           "Checkpoint and the LoRA hold, and which also moves what is like the concepts.",
       .optional = true,  // saved API workflows do not have it
-      .default_value = std::string(kNamingPrompts),
+      .default_value = std::string(standard),
       .saved_value = std::string(kEveryPrompt),
       .options = {kNamingPrompts, kEveryPrompt}};
 }

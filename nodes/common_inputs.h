@@ -22,10 +22,10 @@ InputSpec cfg_input(double standard, std::string tooltip, bool advanced = false)
 InputSpec side_input(std::string id, int64_t standard, std::string tooltip);
 // How much of the vocabulary is kept beside what is listed.
 InputSpec retain_set_input();
-// On which prompts the edit acts.
-InputSpec where_input();
 inline constexpr const char* kEveryPrompt = "every prompt";
 inline constexpr const char* kNamingPrompts = "prompts that name it";
+// On which prompts the edit acts; of graphs saved without it on every one.
+InputSpec where_input(const char* standard);
 InputSpec lora_rank_input();
 InputSpec lora_rank_limit_input();
 

@@ -270,7 +270,7 @@ const NodeSchema& LoraFuseNode::schema() const {
               lora_rank_input(),
               lora_rank_limit_input(),
               retain_set_input(),
-              where_input(),
+              where_input(kEveryPrompt),
           },
       .outputs =
           {{"model", "model", socket::kModel, "The model without the concepts."},

@@ -170,6 +170,35 @@ def test_strength_zero_is_bit_identical(server: Server, build: Builder) -> None:
     assert torch.equal(newest_latent(server, "zero"), newest_latent(server, "plain"))
 
 
+def test_fused_loras_act_on_prompts_that_name_a_concept(server: Server, build: Builder) -> None:
+    graph = build.pipeline() | build.fuse(where="prompts that name it", retain_set="small")
+    prompts = {"named": "a photo of a hamburger", "other": "a photo of a lion"}
+    for name, text in prompts.items():
+        graph |= build.sample(["fuse", 0], f"{name}_fused", text)
+        graph |= build.sample(["ckpt", 0], f"{name}_plain", text)
+    run = server.run(graph | _report(["fuse", 3]), seconds=900)
+    plain, fused = (
+        {name: newest_latent(server, f"{name}_{kind}") for name in prompts}
+        for kind in ("plain", "fused")
+    )
+    assert torch.equal(fused["other"], plain["other"])
+    assert not torch.allclose(fused["named"], plain["named"], atol=1e-2)
+    assert "Acts on prompts that name a concept" in run.outputs["report"]["text"][0]
+    # The same edit as on the weights, which read the negative prompt, too.
+    for where, name in (("prompts that name it", "named_only"), ("every prompt", "named_all")):
+        graph = build.pipeline() | build.fuse(where=where, retain_set="small")
+        graph |= build.sample(["fuse", 0], name, prompts["named"])
+        graph[f"{name}_sampler"]["inputs"]["cfg"] = 1.0
+        server.run(graph)
+    expected = newest_latent(server, "named_all")
+    torch.testing.assert_close(
+        newest_latent(server, "named_only"),
+        expected,
+        rtol=0,
+        atol=1e-3 * expected.abs().max().item(),
+    )
+
+
 @pytest.mark.parametrize("gradient", ["full", "cached"])
 def test_interrupts_at_random_points(server: Server, build: Builder, gradient: str) -> None:
     """Stopped within two seconds, and what was finished is not trained again."""

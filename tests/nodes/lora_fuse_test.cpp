@@ -5,7 +5,6 @@
 
 #include <filesystem>
 #include <fstream>
-#include <nlohmann/json.hpp>
 #include <set>
 
 #include "lacuna/error.h"
@@ -124,8 +123,7 @@ INSTANTIATE_TEST_SUITE_P(Devices, LoraFuseTest, ::testing::ValuesIn(testing::dev
 TEST(Schemas, SavedFusionsActOnEveryPrompt) {
   const LoraFuseNode node;
   EXPECT_EQ(NodeInputs(node.schema(), {}).string("where"), "every prompt");
-  const auto declared = nlohmann::json::parse(to_json({node.schema()}))[0]["inputs"];
-  EXPECT_EQ(declared.back()["default"], "prompts that name it");
+  EXPECT_TRUE(find_input(node.schema(), "where")->optional);
 }
 
 // The whole fused edit, the low-rank part included, on prompts that name a concept.
