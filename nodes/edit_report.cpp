@@ -66,8 +66,7 @@ std::string applied_line(AppliedTo to) {
       return "\nApplied to the weights.";
     case AppliedTo::kNamingPrompts:
       return "\nActs on prompts that name a concept; every other prompt is drawn by the model as "
-             "it "
-             "was" +
+             "it was" +
              unsaved + " and acts on every prompt, or set 'where' to every prompt.";
     case AppliedTo::kConditioning:
       return "\nApplied to the conditioning, as 'apply as' says" + unsaved +

@@ -153,6 +153,28 @@ Selection select(const std::vector<std::shared_ptr<const LoraBundle>>& bundles,
   return selection;
 }
 
+// Concepts that the edit acts on, and what must stay: what is preserved, and concepts of strength
+// 0.
+std::pair<std::vector<Concept>, std::vector<PreservedPhrase>> part_by_strength(
+    const std::vector<Concept>& fused, const Selection& selection) {
+  std::set<std::string> silent;
+  for (const auto& [name, strength] : selection.strengths) {
+    if (strength == 0.0) silent.insert(fold_case(name));
+  }
+  std::vector<Concept> acted_on;
+  std::vector<PreservedPhrase> stay = selection.bundle.preserve;
+  for (const Concept& item : fused) {
+    if (!silent.contains(fold_case(item.target))) {
+      acted_on.push_back(item);
+      continue;
+    }
+    for (std::string& phrase : phrases(item)) {
+      stay.push_back({std::move(phrase), item.kind, item.templates});
+    }
+  }
+  return {std::move(acted_on), std::move(stay)};
+}
+
 std::string report(const Selection& selection, const FusionOptions& options, const Fusion& fusion,
                    const LoraExport& lora, const RetainSet& retained, RetainSetSize asked,
                    double original_norm, double strength, AppliedTo to, const FittedGate& gate) {
@@ -344,11 +366,14 @@ NodeResult LoraFuseNode::run(const NodeInputs& inputs, Progress& progress) {
   RetainSet retained =
       collect_retain_set(*clip, fused, retained_size(asked, fused), progress, &*cache);
   kept.retain = std::exchange(retained.gram, at::Tensor());
-  const bool gated = inputs.string("where") == kNamingPrompts && strength != 0.0;
   FittedGate gate;
-  if (gated) {
-    gate = fit_gate(*clip, fused, bundle.preserve, retained, asked, progress, &*cache);
+  if (inputs.string("where") == kNamingPrompts && strength != 0.0) {
+    const auto [acted_on, protected_too] = part_by_strength(fused, selection);
+    if (!acted_on.empty()) {
+      gate = fit_gate(*clip, acted_on, protected_too, retained, asked, progress, &*cache);
+    }
   }
+  const bool gated = gate.gate != nullptr;
   retained.kept = {};
   auto sums = sums_.borrow();
   sums->assign(bundle.concepts);

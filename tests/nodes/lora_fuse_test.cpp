@@ -151,6 +151,13 @@ TEST_P(LoraFuseTest, ActsWhereAPromptNamesAConcept) {
       1e-4);
   EXPECT_NE(report_of(gated).find("Acts on prompts that name a concept"), std::string::npos);
   EXPECT_NE(report_of(everywhere).find("Applied to the weights"), std::string::npos);
+  // A protected concept is no prompt to act on.
+  const NodeResult one = run({{"where", std::string("prompts that name it")},
+                              {"concept_strengths", std::string("owl = 0")}});
+  EXPECT_TRUE(at::equal(drawn(*model_of(one), named), drawn(*model_, named)));
+  EXPECT_GT(relative_difference(drawn(*model_of(one), "a photo of cat"),
+                                drawn(*model_, "a photo of cat")),
+            1e-3);
   // Not even a gate is fitted where nothing is to be done.
   const NodeResult silent =
       run({{"where", std::string("prompts that name it")}, {"strength", 0.0}});
