@@ -4,7 +4,9 @@ around its forward passes."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -112,10 +114,17 @@ class InputMap:
             for name, factors in self._deltas.items()
         ]
         try:
-            return executor(*args, **kwargs)
+            with _uncompiled():
+                return executor(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """What was compiled before the hooks came does not look for them: the edit would be lost."""
+    compiling = sys.modules.get("torch._dynamo")  # a second to import; nothing is compiled then
+    return nullcontext() if compiling is None else compiling.set_stance("force_eager")
 
 
 def _factors(out: torch.Tensor, inner: torch.Tensor | None) -> list[torch.Tensor]:

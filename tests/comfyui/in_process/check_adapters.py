@@ -17,6 +17,7 @@ import comfy.supported_models_base
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from forward_checks import sided
@@ -513,6 +514,30 @@ def test_maps_are_the_same_on_weights_and_on_what_they_read(
     assert torch.equal(sample(closed.patcher, clip), sample(model, clip))
     for module in model.model.modules():
         assert not module._forward_pre_hooks and not module._forward_hooks
+
+
+@pytest.mark.parametrize("first", ["edit", "compile"])
+def test_an_edit_is_seen_by_a_compiled_model(host: ModuleType, checkpoint: Any, first: str) -> None:
+    """Code that was compiled without the edit is not run with it."""
+    model, clip = checkpoint[:2]
+
+    def compiled(patcher: Any) -> Any:
+        clone = patcher.clone()
+        set_torch_compile_wrapper(model=clone, backend="eager")
+        return clone
+
+    def edited(patcher: Any) -> Any:
+        denoiser = host.ComfyDenoiser(patcher)
+        deltas = [(denoiser._names[0], torch.ones(320, 768) * 0.01, None)]
+        maps = sided(denoiser, *[-0.3 * torch.eye(768)] * 2)
+        return denoiser.with_input_maps(maps, 1.0, None, deltas).patcher
+
+    plain, expected = sample(model, clip), sample(edited(model), clip)
+    torch.testing.assert_close(sample(compiled(model), clip), plain, rtol=1e-3, atol=1e-3)
+    both = edited(compiled(model)) if first == "compile" else compiled(edited(model))
+    torch.testing.assert_close(sample(both, clip), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sample(compiled(model), clip), plain, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(plain, expected, atol=1e-2)
 
 
 def test_a_shared_map_lives_with_other_patches(host: ModuleType, checkpoint: Any) -> None:
