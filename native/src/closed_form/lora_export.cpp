@@ -14,6 +14,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "lacuna/error.h"
 
@@ -125,8 +126,9 @@ LoraExport export_lora(Denoiser& model, const std::vector<TextEntry>& projection
   const at::Tensor half_down = (down * balance.unsqueeze(1)).to(at::kHalf).contiguous();
   for (size_t i = 0; i < projections.size(); ++i) {
     const std::string& name = projections[i].lora_name;
+    const at::Tensor up = std::exchange(ups[i], at::Tensor());  // never all of them twice
     out.tensors[name + ".lora_up.weight"] =
-        (ups[i] / balance.to(at::kFloat).unsqueeze(0)).to(at::kHalf).contiguous();
+        (up / balance.to(at::kFloat).unsqueeze(0)).to(at::kHalf).contiguous();
     out.tensors[name + ".lora_down.weight"] =
         over_all_columns(half_down, model, projections[i]).clone();
     out.tensors[name + ".alpha"] =
