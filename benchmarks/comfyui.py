@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ COMFYUI_TESTS = REPOSITORY / "tests" / "comfyui"
 sys.path[:0] = [str(REPOSITORY / "tools" / "demo_model"), str(COMFYUI_TESTS)]
 
 import expand  # noqa: E402
-from comfy_server import Graph, Server, first_checkout, host_environment  # noqa: E402
+from comfy_server import Graph, Run, Server, first_checkout, host_environment  # noqa: E402
 from graphs import Builder, defaults  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -83,48 +85,68 @@ def train(build: Builder, concepts: int, **widgets: object) -> Graph:
     return graph | {"save": {"class_type": "LacunaSaveBundle", "inputs": save}}
 
 
-def measured(server: Server, graph: Graph) -> dict[str, float]:
-    """Seconds until the graph is done, and the peak of what torch holds of the card, in MB."""
+def card_bytes(server: Server) -> int:
+    """What torch holds of the card."""
+    return server.get("/system_stats")["devices"][0]["torch_vram_total"]
+
+
+def watched(server: Server, graph: Graph) -> tuple[Run, float, int]:
+    """The finished graph, its seconds, and the most that torch held of the card, in bytes."""
     begin, peak = time.monotonic(), 0
     prompt_id = server.queue(graph)
     while prompt_id not in server.get(f"/history/{prompt_id}"):
         time.sleep(0.05)
-        peak = max(peak, server.get("/system_stats")["devices"][0]["torch_vram_total"])
+        peak = max(peak, card_bytes(server))
     seconds = time.monotonic() - begin
     run = server.wait(prompt_id)
     if run.status != "success":
         raise SystemExit(f"{run.error}\n{server.log_tail()}")
+    return run, seconds, peak
+
+
+def measured(server: Server, graph: Graph) -> dict[str, float]:
+    _, seconds, peak = watched(server, graph)
     return {"seconds": round(seconds, 2), "peak_mb": round(peak / 2**20)}
+
+
+@contextmanager
+def serving(family: str, device: str, *, probe: bool = False) -> Iterator[Server]:
+    """A started host that has a checkpoint of the family's shapes."""
+    checkout = first_checkout()
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        file = base / CHECKPOINT
+        write = [sys.executable, __file__, family, "64", "--write", str(file)]
+        environment = host_environment(device, COMFYUI_DIR=str(checkout.folder))
+        subprocess.run(write, check=True, env=environment)
+        server = Server(checkout, base, checkpoints={CHECKPOINT: file}, device=device, probe=probe)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+def protocol(server: Server) -> dict[str, str]:
+    return {
+        "comfyui": server.checkout.version,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if server.device == "cuda" else "cpu",
+    }
 
 
 def measure(family: str, size: int, concepts: int, device: str) -> dict:
     schemas = json.loads((REPOSITORY / "python_shim/node_schemas.json").read_text("utf-8"))
     build = Builder(schemas)
     picture = {"width": size, "height": size}
-    checkout = first_checkout()
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        file = base / CHECKPOINT
-        write = [sys.executable, __file__, family, str(size), "--write", str(file)]
-        environment = host_environment(device, COMFYUI_DIR=str(checkout.folder))
-        subprocess.run(write, check=True, env=environment)
-        server = Server(checkout, base, checkpoints={CHECKPOINT: file}, device=device, probe=False)
-        server.start()
-        try:
-            widgets = defaults(schemas, ERASE) | picture
-            server.run(train(build, concepts, **widgets | SHORT | {"gradient": "cached"}), 3600)
-            figures = {
-                "comfyui": checkout.version,
-                "torch": torch.__version__,
-                "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                "concepts": concepts,
-            }
-            for gradient in ("cached", "full"):  # torch keeps what it has had: the larger one last
-                graph = train(build, concepts, **widgets | {"gradient": gradient})
-                figures[gradient] = measured(server, graph)
-            return figures
-        finally:
-            server.stop()
+    with serving(family, device) as server:
+        widgets = defaults(schemas, ERASE) | picture
+        server.run(train(build, concepts, **widgets | SHORT | {"gradient": "cached"}), 3600)
+        figures = {**protocol(server), "concepts": concepts}
+        for gradient in ("cached", "full"):  # torch keeps what it has had: the larger one last
+            graph = train(build, concepts, **widgets | {"gradient": gradient})
+            figures[gradient] = measured(server, graph)
+        return figures
 
 
 def main() -> None:

@@ -15,22 +15,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
-import threading
-import time
 from pathlib import Path
 
-import torch
 from comfyui import (
     CHECKPOINT,
     FAMILIES,
     REPOSITORY,
     Graph,
     Server,
-    first_checkout,
-    host_environment,
+    card_bytes,
+    protocol,
+    serving,
+    watched,
 )
 from graphs import Builder
 
@@ -65,69 +61,29 @@ def megabytes(pid: int, field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-class CardMemory(threading.Thread):
-    """The most that torch held of the card while this ran, in MB."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(daemon=True)
-        self._server = server
-        self._ended = threading.Event()
-        self.peak = 0.0
-
-    def now(self) -> float:
-        return self._server.get("/system_stats")["devices"][0]["torch_vram_total"] / 2**20
-
-    def run(self) -> None:
-        while not self._ended.wait(0.1):
-            self.peak = max(self.peak, self.now())
-
-    def end(self) -> float:
-        self._ended.set()
-        self.join()
-        return self.peak
-
-
-def measured(server: Server, graph: Graph, seconds: float) -> dict[str, float]:
+def measured(server: Server, graph: Graph) -> dict[str, float]:
     before = megabytes(server.pid, "VmRSS")
+    card_before = card_bytes(server)
     Path(f"/proc/{server.pid}/clear_refs").write_text("5", "ascii")  # the peak begins again
-    card = CardMemory(server)
-    card_before = card.now()
-    if server.device != "cpu":
-        card.start()
-    begin = time.monotonic()
-    outputs = server.run(graph, seconds).outputs
-    figures = {"seconds": round(time.monotonic() - begin, 1)}
+    run, seconds, card_peak = watched(server, graph)
+    figures = {"seconds": round(seconds, 1)}
     figures["process_mb_above"] = round(megabytes(server.pid, "VmHWM") - before)
     if server.device != "cpu":
-        figures["card_mb_above"] = round(card.end() - card_before)
-    return figures | {"patch_bytes": int(outputs["patches"]["text"][0])}
+        figures["card_mb_above"] = round((card_peak - card_before) / 2**20)
+    return figures | {"patch_bytes": int(run.outputs["patches"]["text"][0])}
 
 
 def measure(family: str, concepts: int, templates: int, device: str) -> dict:
     build = Builder(json.loads((REPOSITORY / "python_shim/node_schemas.json").read_text("utf-8")))
-    checkout = first_checkout()
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        file = base / CHECKPOINT
-        writer = [sys.executable, Path(__file__).with_name("comfyui.py"), family, "64"]
-        environment = host_environment(device, COMFYUI_DIR=str(checkout.folder))
-        subprocess.run([*writer, "--write", str(file)], check=True, env=environment)
-        server = Server(checkout, base, checkpoints={CHECKPOINT: file}, device=device)
-        server.start()
-        try:
-            *asked, other = names(concepts + 1)
-            warm = measured(server, edit(build, [other], templates), 3600)
-            return {
-                "comfyui": checkout.version,
-                "torch": torch.__version__,
-                "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                "concepts": concepts,
-                "templates": templates,
-                "first_run": warm,
-                "run": measured(server, edit(build, asked, templates), 7200),
-            }
-        finally:
-            server.stop()
+    with serving(family, device, probe=True) as server:
+        *asked, other = names(concepts + 1)
+        return {
+            **protocol(server),
+            "concepts": concepts,
+            "templates": templates,
+            "first_run": measured(server, edit(build, [other], templates)),
+            "run": measured(server, edit(build, asked, templates)),
+        }
 
 
 def main() -> None:
