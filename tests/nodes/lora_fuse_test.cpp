@@ -7,6 +7,7 @@
 #include <fstream>
 #include <set>
 
+#include "drawn.h"
 #include "lacuna/error.h"
 #include "lacuna/training/lora_bundle.h"
 #include "nodes/lora_bundle_nodes.h"
@@ -128,19 +129,12 @@ TEST(Schemas, SavedFusionsActOnEveryPrompt) {
 
 // The whole fused edit, the low-rank part included, on prompts that name a concept.
 TEST_P(LoraFuseTest, ActsWhereAPromptNamesAConcept) {
-  for (int i = 0; i < 60; ++i) {
-    clip_->vocabulary_.push_back(std::string("word") + static_cast<char>('a' + i / 26) +
-                                 static_cast<char>('a' + i % 26));
-  }
+  clip_->vocabulary_ = testing::vocabulary(60);
   const NodeResult gated = run({{"where", std::string("prompts that name it")}});
   const NodeResult everywhere = run({{"where", std::string("every prompt")}});
   EXPECT_EQ(at::count_nonzero(change(gated)).item<int64_t>(), 0) << "no weight is patched";
   const auto drawn = [&](Denoiser& model, const std::string& prompt) {
-    SamplingRequest request;
-    request.positive = clip_->encode({prompt});
-    request.negative = clip_->encode({""});
-    request.latent = at::zeros({1, 4, 4, 4});
-    return model.sample(request, [](int64_t, int64_t) {});
+    return testing::drawn(model, *clip_, prompt);
   };
   const std::string other = "a photo of wordac";
   const std::string named = "a photo of owl";

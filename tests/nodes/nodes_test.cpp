@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "drawn.h"
 #include "lacuna/error.h"
 #include "lacuna/files/safetensors_file.h"
 #include "nodes/attention_refine_node.h"
@@ -528,10 +529,7 @@ TEST(Schemas, SavedGraphsKeepWhatTheyDid) {
 TEST_P(AttentionRefineTest, ActsWhereAPromptNamesAConcept) {
   clip_ = std::make_shared<FakeTextEncoder>(96, device());
   model_ = std::make_shared<FakeDenoiser>(3, 96, device());
-  for (int i = 0; i < 60; ++i) {
-    clip_->vocabulary_.push_back(std::string("word") + static_cast<char>('a' + i / 26) +
-                                 static_cast<char>('a' + i % 26));
-  }
+  clip_->vocabulary_ = testing::vocabulary(60);
   const Values named{{"where", std::string("prompts that name it")},
                      {"retain_set", std::string("small")}};
   const NodeResult result = run(named);
@@ -540,11 +538,7 @@ TEST_P(AttentionRefineTest, ActsWhereAPromptNamesAConcept) {
     EXPECT_TRUE(at::equal(model_of(result)->weights_.at(name), weight)) << "no weight is patched";
   }
   const auto drawn = [&](Denoiser& model, const std::string& prompt) {
-    SamplingRequest request;
-    request.positive = clip_->encode({prompt});
-    request.negative = clip_->encode({""});
-    request.latent = at::zeros({1, 4, 4, 4});
-    return model.sample(request, [](int64_t, int64_t) {});
+    return testing::drawn(model, *clip_, prompt);
   };
   EXPECT_TRUE(at::equal(drawn(*model_of(result), "a photo of wordac"),
                         drawn(*model_, "a photo of wordac")));
