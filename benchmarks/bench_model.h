@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <sys/resource.h>
 
+#include <fstream>
 #include <functional>
 #include <map>
 #include <memory>
@@ -26,11 +27,16 @@ inline double cpu_seconds() {
   return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
+// Of the process's memory since the last forget_peak().
 inline double peak_mb() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) / 1024.0;
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with("VmHWM:")) return std::stod(line.substr(6)) / 1024.0;
+  }
+  return 0.0;
 }
+
+inline void forget_peak() { std::ofstream("/proc/self/clear_refs") << 5; }
 
 inline double timed(const std::function<void()>& work) {
   const double begin = cpu_seconds();

@@ -186,6 +186,7 @@ json run(const std::string& family, int64_t concepts) {
   const auto projections = edited_entries(model, EditedMatrices::kKeyAndValue, shape.width);
 
   json out;
+  forget_peak();
   const double before_mb = peak_mb();
   RefinementProblem problem;
   BenchEncoder encoder(embeddings);
@@ -193,6 +194,7 @@ json run(const std::string& family, int64_t concepts) {
     problem = collect_problem(encoder, concept_set(concepts), options, nullptr, progress);
   });
   statistics_s -= encoder.seconds;
+  const double statistics_mb = peak_mb() - before_mb;
   // The error below is that of rows drawn for it.
   problem.preserve = problem.prior = at::Tensor();
   problem.concepts = TextStatistics::zeros(shape.width);
@@ -203,12 +205,17 @@ json run(const std::string& family, int64_t concepts) {
     sums.add_pairs(from, to, 1.0 / kPrompts);
     problem.concepts.add(sums.finish());
   }
+  forget_peak();
   Refinement refinement;
   const double solve_s = timed([&] { refinement = solve_refinement(problem, options); });
   TextMap map;
   LoraExport lora;
   const double patch_s = timed([&] { map = text_map(refinement.delta, projections); });
-  const double model_mb = peak_mb() - before_mb;
+  const double model_mb = std::max(statistics_mb, peak_mb() - before_mb);
+  options.regularization = 2 * kLambda;
+  out["resolve_cpu_ms"] = 1e3 * timed([&] { solve_refinement(problem, options); });
+  problem = {};
+  forget_peak();
   const double lora_s = timed([&] {
     const LoraLimits limits{256, 0.01};
     const at::Tensor rows = entry_rows(model, projections, progress);
@@ -216,7 +223,7 @@ json run(const std::string& family, int64_t concepts) {
                                       limits.left_out);
     lora = export_lora(model, projections, refinement.delta, factors, limits, 1.0, progress);
   });
-  const double extra_mb = peak_mb() - before_mb;
+  const double extra_mb = std::max(model_mb, peak_mb() - before_mb);
   const double dense_s = timed([&] {
     const at::Tensor p = (refinement.delta + at::eye(shape.width, at::kDouble)).to(at::kFloat);
     for (const auto& projection : projections)
@@ -227,6 +234,7 @@ json run(const std::string& family, int64_t concepts) {
   out["patch_cpu_s"] = patch_s;
   out["lora_cpu_s"] = lora_s;
   out["model_cpu_s"] = statistics_s + solve_s + patch_s;  // without the LoRA
+  out["statistics_peak_extra_mb"] = statistics_mb;
   out["model_peak_extra_mb"] = model_mb;
   out["lora_rank"] = lora.rank;
   out["lora_residual"] = lora.residual;
@@ -234,10 +242,6 @@ json run(const std::string& family, int64_t concepts) {
   out["dense_cpu_s"] = statistics_s + solve_s + dense_s;
   out["peak_extra_mb"] = extra_mb;
   out["condition"] = refinement.condition;
-  const double resolve_begin = cpu_seconds();
-  options.regularization = 2 * kLambda;
-  solve_refinement(problem, options);
-  out["resolve_cpu_ms"] = 1e3 * (cpu_seconds() - resolve_begin);
 
   out["naive_cpu_s"] = per_matrix_seconds(shape, model, embeddings, concepts, add_literally);
   out["batched_cpu_s"] = per_matrix_seconds(shape, model, embeddings, concepts, add_batched);
@@ -286,6 +290,7 @@ json run_wide(int64_t width, int64_t concepts) {
                         at::full({moving}, 1.0 / 6, at::kDouble), at::randn({600, width}),
                         at::ones({600}, at::kDouble)};
   json out;
+  forget_peak();
   const double before_mb = peak_mb();
   RowFit fit;
   out["cpu_s"] = timed([&] { fit = fit_rows(rows, kLambda); });

@@ -3,6 +3,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/tensor.h>
@@ -11,8 +12,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <map>
-#include <optional>
 #include <unordered_map>
 
 #include "lacuna/closed_form/general_prior.h"
@@ -40,9 +41,9 @@ class BatchEncoder {
   }
   void expect(int64_t batches) { total_ += batches; }
 
-  // [n, window, d]
-  at::Tensor encode(const std::vector<std::string>& prompts) {
-    std::vector<at::Tensor> parts;
+  // Hands over [n, window, d] and the place of its first prompt, batch by batch.
+  void each(const std::vector<std::string>& prompts,
+            const std::function<void(const at::Tensor&, int64_t)>& take) {
     for (size_t begin = 0; begin < prompts.size(); begin += kPromptsPerCall) {
       const size_t end = std::min(prompts.size(), begin + kPromptsPerCall);
       progress_.check();
@@ -51,10 +52,19 @@ class BatchEncoder {
           part.size(1) != encoder_.window() || part.size(2) != encoder_.width()) {
         throw Error("the text encoder returned embeddings of an unexpected shape");
       }
-      parts.push_back(part.to(at::kCPU, at::kFloat));
+      take(part.to(at::kCPU, at::kFloat).contiguous(), static_cast<int64_t>(begin));
       progress_.report(++done_, total_);
     }
-    return at::cat(parts);
+  }
+
+  // [n, window, d]
+  at::Tensor encode(const std::vector<std::string>& prompts) {
+    at::Tensor all = at::empty(
+        {static_cast<int64_t>(prompts.size()), encoder_.window(), encoder_.width()}, at::kFloat);
+    each(prompts, [&](const at::Tensor& part, int64_t begin) {
+      all.narrow(0, begin, part.size(0)).copy_(part);
+    });
+    return all;
   }
 
  private:
@@ -64,7 +74,7 @@ class BatchEncoder {
   int64_t total_ = 0;
 };
 
-// Prefixes, phrases and anchor prompts come up again and again.
+// Prefixes, phrases and anchor prompts come up again and again; a prompt of one concept does not.
 class Tokens {
  public:
   explicit Tokens(TextEncoder& encoder) : encoder_(encoder) {}
@@ -74,6 +84,7 @@ class Tokens {
     if (it == known_.end()) it = known_.emplace(text, encoder_.tokenize(text)).first;
     return it->second;
   }
+  std::vector<int64_t> of_once(const std::string& text) { return encoder_.tokenize(text); }
 
  private:
   TextEncoder& encoder_;
@@ -103,7 +114,7 @@ PromptRows rows_of(Tokens& tokens, const Concept& item, const std::string& phras
                    const RefinementOptions& options, int64_t window) {
   const std::string_view prompt_template = prompt_templates(item.kind)[index];
   PromptPair pair;
-  pair.target_ids = tokens.of(fill_template(prompt_template, phrase));
+  pair.target_ids = tokens.of_once(fill_template(prompt_template, phrase));
   pair.anchor_ids = tokens.of(fill_template(prompt_template, item.anchor));
   pair.target_phrase = phrase_span(tokens, prompt_template, phrase);
   pair.anchor_phrase = phrase_span(tokens, prompt_template, item.anchor);
@@ -123,78 +134,96 @@ PromptRows rows_of(Tokens& tokens, const Concept& item, const std::string& phras
   return out;
 }
 
-// One concept's rows, to be summed with those of concepts that have the same anchor.
-struct ConceptRows {
-  at::Tensor kept;     // [m, d] float32: what reads the same in the anchor's prompt
-  at::Tensor from;     // [n, d] float32: what moves ...
-  at::Tensor sources;  // [n]: ... to this row of the anchor's prompts, [templates * window, d]
-};
+// One concept's rows, to be summed with those of concepts that have the same anchor, as the cache
+// holds them: for each batch of prompts
+//   from, [n, d] float32: what moves ...
+//   sources, [n]: ... to the row at this place of the anchor's prompts, [templates * window, d],
+//   kept, [m]: places there of what reads the same.
+using ConceptRows = std::vector<at::Tensor>;
+constexpr size_t kTensorsPerBatch = 3;
 
 ConceptRows collect_concept(TextEncoder& encoder, Tokens& tokens, BatchEncoder& batches,
                             const at::Tensor& anchor_embeddings, const Concept& item,
                             const RefinementOptions& options, StatisticsCache* cache) {
   const int64_t d = encoder.width();
   const int64_t window = encoder.window();
-  const at::Tensor anchor = anchor_embeddings.reshape({-1, d});
-  std::vector<at::Tensor> kept{at::zeros({0, d})};
-  std::vector<at::Tensor> from{kept.front()};
-  std::vector<at::Tensor> sources{at::zeros({0}, at::kLong)};
+  const at::Tensor anchor = anchor_embeddings.contiguous();
+  const auto* wanted = anchor.const_data_ptr<float>();
+  ConceptRows out;
   for (const std::string& phrase : phrases(item)) {
-    const at::Tensor read = batches.encode(fill_templates(item.kind, item.templates, phrase));
+    std::vector<at::Tensor> ends;
+    batches.each(fill_templates(item.kind, item.templates, phrase), [&](const at::Tensor& read,
+                                                                        int64_t first) {
+      if (first < kPromptEnds) ends.push_back(read.select(1, window - 1).clone());
+      const auto* target = read.const_data_ptr<float>();
+      PromptRows all;
+      for (int64_t i = 0; i < read.size(0); ++i) {
+        const PromptRows rows =
+            rows_of(tokens, item, phrase, static_cast<int>(first + i), options, window);
+        for (const int64_t place : rows.kept) all.kept.push_back((first + i) * window + place);
+        for (size_t k = 0; k < rows.from.size(); ++k) {
+          const int64_t place = i * window + rows.from[k];
+          const int64_t source = (first + i) * window + rows.sources[k];
+          const float* row = target + place * d;
+          if (std::equal(row, row + d, wanted + source * d)) {
+            all.kept.push_back(source);
+          } else {
+            all.from.push_back(place);
+            all.sources.push_back(source);
+          }
+        }
+      }
+      out.push_back(read.reshape({-1, d}).index_select(0, at::tensor(all.from, at::kLong)));
+      out.push_back(at::tensor(all.sources, at::kLong));
+      out.push_back(at::tensor(all.kept, at::kLong));
+    });
     remembered(cache, encoder.fingerprint(), prompt_ends_key(item.kind, item.templates, phrase),
-               [&] {
-                 return std::vector<at::Tensor>{
-                     read.select(1, window - 1).slice(0, 0, kPromptEnds).clone()};
-               });
-    const at::Tensor target = read.reshape({-1, d});
-    PromptRows all;
-    for (int i = 0; i < item.templates; ++i) {
-      const PromptRows rows = rows_of(tokens, item, phrase, i, options, window);
-      for (const int64_t place : rows.kept) all.kept.push_back(i * window + place);
-      for (const int64_t place : rows.from) all.from.push_back(i * window + place);
-      for (const int64_t place : rows.sources) all.sources.push_back(i * window + place);
-    }
-    kept.push_back(target.index_select(0, at::tensor(all.kept, at::kLong)));
-    from.push_back(target.index_select(0, at::tensor(all.from, at::kLong)));
-    sources.push_back(at::tensor(all.sources, at::kLong));
-    const at::Tensor moves = from.back().ne(anchor.index_select(0, sources.back())).any(1);
-    if (moves.all().item<bool>()) continue;
-    const at::Tensor moving = moves.nonzero().squeeze(1);
-    kept.push_back(from.back().index_select(0, moves.logical_not().nonzero().squeeze(1)));
-    from.back() = from.back().index_select(0, moving);
-    sources.back() = sources.back().index_select(0, moving);
+               [&] { return std::vector<at::Tensor>{at::cat(ends).slice(0, 0, kPromptEnds)}; });
   }
-  return {at::cat(kept), at::cat(from), at::cat(sources)};
+  return out;
 }
 
 // What concepts that share one anchor move: sum g f^T = G^T H, where H adds up the rows that move
-// to the same row of the anchor's prompts G. One product for all of them.
+// to the same row of the anchor's prompts G. One product for all of them. What they keep are rows
+// of G itself: text encoders are causal, so what stands before the phrase does not know it.
 class AnchorGroup {
  public:
   AnchorGroup(const at::Tensor& anchor_embeddings, int templates)
       : anchor_(anchor_embeddings.reshape({-1, anchor_embeddings.size(2)})),
         followers_(at::zeros(anchor_.sizes(), at::kDouble)),
+        kept_(static_cast<size_t>(anchor_.size(0))),
         weight_(1.0 / templates) {}
 
-  void add(const ConceptRows& rows) {
+  // As ConceptRows has them, of one batch.
+  void add(const at::Tensor& from, const at::Tensor& sources, const at::Tensor& kept) {
     // As index_add_, without a float64 copy of the rows.
-    const int64_t d = rows.from.size(1);
-    const at::Tensor from = rows.from.contiguous();
+    const int64_t d = from.size(1);
     const float* row = from.const_data_ptr<float>();
-    const int64_t* source = rows.sources.const_data_ptr<int64_t>();
+    const int64_t* source = sources.const_data_ptr<int64_t>();
     auto* sums = followers_.mutable_data_ptr<double>();
     for (int64_t i = 0; i < from.size(0); ++i, row += d) {
       double* sum = sums + source[i] * d;
       for (int64_t k = 0; k < d; ++k) sum[k] += weight_ * static_cast<double>(row[k]);
     }
+    const int64_t* place = kept.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < kept.size(0); ++i) kept_[static_cast<size_t>(place[i])] += weight_;
   }
 
-  // sum g f^T, [d, d]
-  at::Tensor finish() const { return transposed_product(anchor_, followers_); }
+  // sum g f^T
+  void add_moved(at::Tensor& sum) const { add_transposed_product(sum, anchor_, followers_); }
+
+  // sum f f^T of what is kept
+  void add_kept(GramSum& sum) const {
+    const at::Tensor weights = at::tensor(kept_, at::kDouble);
+    const at::Tensor places = weights.nonzero().squeeze(1);
+    sum.add(anchor_.index_select(0, places).to(at::kDouble) *
+            weights.index_select(0, places).sqrt().unsqueeze(1));
+  }
 
  private:
-  at::Tensor anchor_;     // G, [templates * window, d]
-  at::Tensor followers_;  // H, likewise, float64
+  at::Tensor anchor_;         // G, [templates * window, d]
+  at::Tensor followers_;      // H, likewise, float64
+  std::vector<double> kept_;  // weight of each of G's rows
   double weight_;
 };
 
@@ -240,18 +269,18 @@ class KeptTextCollector {
         cache_(cache),
         fingerprint_(encoder.fingerprint()),
         general_prior_(general_prior),
-        unwanted_(captions_naming(general_prior, erased)),
-        preserve_(at::zeros({encoder.width(), encoder.width()}, at::kDouble)) {
+        unwanted_(captions_naming(general_prior, erased)) {
     for (const PreservedPhrase& item : preserve) {
       const std::vector<at::Tensor>* known =
           cache == nullptr ? nullptr : cache->find(cache_key(fingerprint_, item));
       if (known != nullptr) {
-        preserve_.add_(known->front());
+        add_preserved(known->front());
         continue;
       }
       to_encode_.push_back(&item);
       batches_.expect(BatchEncoder::batches(item.templates));
     }
+    if (general_prior == GeneralPriorSize::kNone) return;
     prior_key_ = fingerprint_ + "\nprior\n" + std::string(to_string(general_prior));
     for (const std::string& caption : unwanted_) prior_key_ += '\n' + caption;
     const std::vector<at::Tensor>* known = cache == nullptr ? nullptr : cache->find(prior_key_);
@@ -262,9 +291,9 @@ class KeptTextCollector {
     }
   }
 
-  // [d, d], without the captions that name something erased.
+  // [d, d], without the captions that name something erased; undefined for none.
   at::Tensor prior(Progress& progress) {
-    if (prior_.defined()) return prior_;
+    if (prior_.defined() || general_prior_ == GeneralPriorSize::kNone) return prior_;
     prior_ = general_prior_gram(encoder_, general_prior_, progress);
     if (!unwanted_.empty()) {
       const int64_t d = encoder_.width();
@@ -272,17 +301,15 @@ class KeptTextCollector {
       sum.add(batches_.encode(unwanted_).reshape({-1, d}));
       prior_.sub_(sum.finish(), 1.0 / static_cast<double>(generic_captions(general_prior_).size()));
     }
-    if (cache_ != nullptr && general_prior_ != GeneralPriorSize::kNone) {
-      cache_->insert(prior_key_, {prior_});
-    }
+    if (cache_ != nullptr) cache_->insert(prior_key_, {prior_});
     return prior_;
   }
 
-  // [d, d]
+  // [d, d]; undefined for none.
   at::Tensor preserve() {
     for (const PreservedPhrase* item : to_encode_) {
       const at::Tensor gram = collect_preserved(encoder_, batches_, *item);
-      preserve_.add_(gram);
+      add_preserved(gram);
       if (cache_ != nullptr) cache_->insert(cache_key(fingerprint_, *item), {gram});
     }
     to_encode_.clear();
@@ -290,6 +317,11 @@ class KeptTextCollector {
   }
 
  private:
+  void add_preserved(const at::Tensor& gram) {
+    if (!preserve_.defined()) preserve_ = at::zeros_like(gram);
+    preserve_.add_(gram);
+  }
+
   TextEncoder& encoder_;
   BatchEncoder& batches_;
   StatisticsCache* cache_;
@@ -316,7 +348,7 @@ void check_phrases(TextEncoder& encoder, const ConceptSet& set) {
   Tokens tokens(encoder);
   const auto check_fit = [&](ConceptKind kind, int templates, const std::string& phrase) {
     for (const std::string& prompt : fill_templates(kind, templates, phrase)) {
-      const auto needed = static_cast<int64_t>(tokens.of(prompt).size());
+      const auto needed = static_cast<int64_t>(tokens.of_once(prompt).size());
       if (needed > encoder.window()) {
         throw Error(in_quotes(phrase) + " is too long: its prompts need " + std::to_string(needed) +
                     " tokens, the text encoder reads " + std::to_string(encoder.window()) +
@@ -357,21 +389,21 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
   std::string sum_key = fingerprint + "\nsum";
   // Concepts by anchor, in the order of the list; what the cache knows already.
   std::vector<std::string> anchors;
-  std::map<std::string, std::vector<std::pair<const Concept*, std::optional<ConceptRows>>>> groups;
+  std::map<std::string, std::vector<std::pair<const Concept*, ConceptRows>>> groups;
   std::map<std::string, at::Tensor> anchor_embeddings;
   for (const Concept& item : set.concepts) {
     for (std::string& phrase : phrases(item)) erased.push_back(std::move(phrase));
     sum_key += cache_key("\n", item, options);
     const std::string anchor = anchor_key(fingerprint, item);
     if (!groups.contains(anchor)) anchors.push_back(anchor);
-    groups[anchor].emplace_back(&item, std::nullopt);
+    groups[anchor].emplace_back(&item, ConceptRows());
   }
   const std::vector<at::Tensor>* summed = known(sum_key);
   if (summed == nullptr) {
     for (const std::string& anchor : anchors) {
       for (auto& [item, rows] : groups[anchor]) {
         if (const auto* tensors = known(cache_key(fingerprint, *item, options))) {
-          rows = ConceptRows{(*tensors)[0], (*tensors)[1], (*tensors)[2]};
+          rows = *tensors;
         } else {
           batches.expect(BatchEncoder::batches(item->templates) *
                          static_cast<int64_t>(phrases(*item).size()));
@@ -406,19 +438,18 @@ RefinementProblem collect_problem(TextEncoder& encoder, const ConceptSet& set,
       AnchorGroup group(embeddings, first.templates);
       for (auto& [item, rows] : concepts) {
         progress.check();
-        if (!rows) {
+        if (rows.empty()) {
           rows = collect_concept(encoder, tokens, batches, embeddings, *item, options, cache);
-          if (cache != nullptr) {
-            cache->insert(cache_key(fingerprint, *item, options),
-                          {rows->kept, rows->from, rows->sources});
-          }
+          if (cache != nullptr) cache->insert(cache_key(fingerprint, *item, options), rows);
         }
-        group.add(*rows);
-        edited.add(rows->from, 1.0 / item->templates);
-        kept_context.add(rows->kept, 1.0 / item->templates);
-        rows.reset();
+        for (size_t i = 0; i < rows.size(); i += kTensorsPerBatch) {
+          group.add(rows[i], rows[i + 1], rows[i + 2]);
+          edited.add(rows[i], 1.0 / item->templates);
+        }
+        rows.clear();
       }
-      shift.add_(group.finish());
+      group.add_moved(shift);
+      group.add_kept(kept_context);
       embeddings.reset();
     }
     problem.concepts.edited = edited.finish();

@@ -34,9 +34,9 @@ RowFit fit_rows(const StreamRows& rows, double lambda) {
     const at::Tensor mix = SpdSolver(gram, kNoiseFloor).solve(selected);  // [rows, n]
     return {moved.transpose(0, 1), at::matmul(mix.transpose(0, 1), all)};
   }
-  at::Tensor upper = at::zeros({d, d}, at::kDouble);
-  add_gram_upper(upper, all, 1.0);
-  at::Tensor gram = symmetrize_upper(upper);
+  at::Tensor gram = at::zeros({d, d}, at::kDouble);
+  add_gram_upper(gram, all, 1.0);
+  mirror_upper(gram);
   gram.diagonal().add_(lambda);
   const at::Tensor shift = at::matmul(moved.transpose(0, 1), all.narrow(0, 0, n));  // [d, d]
   return {SpdSolver(gram, kNoiseFloor).solve_right(shift), at::Tensor()};

@@ -3,7 +3,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cholesky_solve.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/matmul.h>
@@ -37,9 +36,9 @@ double dominant_eigenvalue(int64_t d, const std::function<at::Tensor(const at::T
 }  // namespace
 
 SpdSolver::SpdSolver(const at::Tensor& matrix, double floor_ratio) {
-  at::Tensor g = matrix.to(at::kCPU, at::kDouble);
-  g = (g + g.transpose(0, 1)).mul_(0.5);
-  if (!at::isfinite(g).all().item<bool>()) {
+  const at::Tensor given = matrix.to(at::kCPU, at::kDouble);
+  at::Tensor g = (given + given.transpose(0, 1)).mul_(0.5);
+  if (!std::isfinite(g.sum().item<double>())) {
     throw Error("the text statistics hold NaN or infinity; check the text encoder's weights");
   }
   const int64_t d = g.size(0);

@@ -145,9 +145,9 @@ at::Tensor entry_gram(Denoiser& model, const std::vector<TextEntry>& projections
     gram = gram.to(at::kCPU, at::kDouble);
     sum = sum.defined() ? sum.add_(gram) : gram;
   }
-  const at::Tensor gram = symmetrize_upper(sum);
-  check_finite(gram, model, projections);
-  return gram;
+  mirror_upper(sum);
+  check_finite(sum, model, projections);
+  return sum;
 }
 
 }  // namespace lacuna

@@ -145,8 +145,8 @@ ModelForms collect_forms(Denoiser& base, Denoiser& edited,
       item.layers.push_back(std::move(entry));
     }
   }
-  forms.base = symmetrize_upper(forms.base);
-  forms.edit = symmetrize_upper(forms.edit);
+  mirror_upper(forms.base);
+  mirror_upper(forms.edit);
   return forms;
 }
 

@@ -30,9 +30,9 @@ struct TextStatistics {
 // multiplied in float64; what is left of the rows is less than a hundredth of the energy, and
 // float32 products of it are exact enough. Rows without such directions stay float64 throughout.
 
-// rows^T other, [d, d] float64; rows: [n, d] float32 or float64, other: [n, d] float64 of the same
-// kind, both on the CPU.
-at::Tensor transposed_product(const at::Tensor& rows, const at::Tensor& other);
+// Adds rows^T other to `sum`, [d, d] float64; rows: [n, d] float32 or float64, other: [n, d]
+// float64 of the same kind, all on the CPU.
+void add_transposed_product(at::Tensor& sum, const at::Tensor& rows, const at::Tensor& other);
 
 // Sum of weight f f^T over rows, of which only the upper triangle is computed. The directions found
 // in the first rows serve all that follow, for as long as they hold their energy.
@@ -45,21 +45,23 @@ class GramSum {
   at::Tensor finish();
 
  private:
-  void fold();
-  bool fold_parts(at::Tensor& block);
+  void fold_held();
+  void fold(const at::Tensor& rows, double weight);
+  bool fold_parts(const at::Tensor& rows, at::Tensor& block, double weight);
   void fold_rest();
   void expand();
 
-  at::Tensor held_;  // [rows at once, d] float64: rows that are not folded yet
+  at::Tensor held_;  // [rows at once, d]: rows that are too few to be folded yet
   int64_t held_rows_ = 0;
-  at::Tensor single_;      // room for them in float32
+  double held_weight_ = 1.0;
+  at::Tensor block_;       // [rows at once, d] float64: room for rows that are being folded
+  at::Tensor single_;      // the same in float32
   at::Tensor basis_;       // [k, d] float64, orthonormal rows; undefined until needed
   at::Tensor inner_;       // [k, k] float64: sum along^T along, where rows = along basis + rest
   at::Tensor cross_;       // [k, d] float64: sum along^T rest
   at::Tensor rest_upper_;  // [d, d] float32: sum rest^T rest of the last rows
   int64_t rest_rows_ = 0;
   at::Tensor upper_;  // [d, d] float64: only the upper triangle counts
-  at::Tensor half_;   // [d, d] float64 or undefined: half_ + half_^T belongs to the sum
 };
 
 // Statistics of pairs of embeddings, prompt by prompt.
@@ -85,7 +87,10 @@ class StatisticsAccumulator {
 // Upper-triangular sum of rows^T rows added to `upper` ([d, d], type and device of `rows`); what is
 // below the diagonal is meaningless afterwards.
 void add_gram_upper(at::Tensor& upper, const at::Tensor& rows, double weight);
-// Copies the upper triangle to the lower one.
-at::Tensor symmetrize_upper(const at::Tensor& upper);
+// The same of weight rows^T other, where only the upper triangle of the whole sum is wanted.
+void add_product_upper(at::Tensor& upper, const at::Tensor& rows, const at::Tensor& other,
+                       double weight);
+// Copies the upper triangle to the lower one, in place.
+void mirror_upper(at::Tensor& upper);
 
 }  // namespace lacuna
