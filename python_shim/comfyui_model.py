@@ -37,10 +37,11 @@ from .autograd import (
     leave_inference_mode,
     usable_for_autograd,
 )
-from .comfyui_edits import InputMap, TextMapAdapter
+from .comfyui_edits import InputMapWrapper, TextMapAdapter
 from .comfyui_weights import base_identity, converted, is_plain
 from .errors import HostError
 from .fingerprint import Identity
+from .input_map import InputMap
 from .text_gate import GateParts, TextGate
 
 Delta = tuple[str, torch.Tensor, torch.Tensor | None]
@@ -200,14 +201,12 @@ class ComfyDenoiser:
     ) -> ComfyDenoiser:
         patcher = self.patcher.clone()
         for entries, out, inner in maps if strength != 0.0 else ():
-            names = [name for name, _, _ in entries]
-            self._require(names)
-            opens = gate and TextGate(*gate)
-            beside = [delta for delta in deltas if delta[0] in names]
+            self._require([name for name, _, _ in entries])
+            edit = InputMap(entries, out, inner, strength, gate and TextGate(*gate), deltas)
             patcher.add_wrapper_with_key(
                 comfy.patcher_extension.WrappersMP.APPLY_MODEL,
                 "lacuna",
-                InputMap(entries, out, inner, opens, strength, beside),
+                InputMapWrapper(edit),
             )
         return ComfyDenoiser(patcher)
 

@@ -8,14 +8,12 @@ import copy
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from . import clip_bpe, lora_file, sampling, sd1_checkpoint
 from .autograd import (
@@ -26,9 +24,10 @@ from .autograd import (
 )
 from .errors import HostError, brief
 from .fingerprint import Identity, identify
+from .input_map import InputMap
 from .lora_file import Delta
 from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
-from .text_gate import GateParts, NamedMap, TextGate, change_of, mapped_where
+from .text_gate import GateParts, NamedMap, TextGate
 from .vocabulary import whole_words
 
 log = logging.getLogger(__name__)
@@ -129,52 +128,6 @@ class _Change:
         return self.strength * change.reshape(weight.shape)
 
 
-@dataclass(frozen=True)
-class _InputMap:
-    """The same edit on what weights read: a hook before their modules, for one pass or run."""
-
-    names: tuple[str, ...]
-    factors: tuple[torch.Tensor, ...]  # x <- x + strength * x @ factors[0] @ ...
-    strength: float
-    gate: TextGate | None = None
-    # of such weights, added to what they make of the text before the map: strength * x @ ...
-    deltas: tuple[tuple[str, tuple[torch.Tensor, ...]], ...] = ()
-
-    def hooks(self, modules: Mapping[str, torch.nn.Module]) -> list[RemovableHandle]:
-        seen: list[Any] = []  # all layers of all steps read one tensor: mapped once; for whom
-
-        def mapped(
-            _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
-        ) -> tuple[torch.Tensor, ...]:
-            text = inputs[0]
-            if not seen or seen[0] is not text:
-                change = change_of(text, self.factors)
-                opened = None if self.gate is None else self.gate(text)
-                changed = text + self.strength * change
-                seen[:] = [text, mapped_where(text, changed, opened), opened]
-            return (seen[1], *inputs[1:])
-
-        def added(factors: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:
-            def add(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-                text, _, opened = seen
-                if opened is not None and not bool(opened.any()):
-                    return output
-                change = self.strength * change_of(text, factors)
-                return mapped_where(output, output + change, opened)
-
-            return add
-
-        # A later edit is the first to see the text: W N1 N2, as for weights.
-        return [
-            modules[name].register_forward_pre_hook(mapped, prepend=True) for name in self.names
-        ] + [modules[name].register_forward_hook(added(factors)) for name, factors in self.deltas]
-
-
-def _factors(out: torch.Tensor, inner: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """x @ factors[0] @ factors[1] is what out @ inner, or out alone, makes of rows x."""
-    return tuple(t.detach().T for t in (inner, out) if t is not None)
-
-
 class _LastAttentionSeen(BaseException):
     """Ends a forward pass; no `except Exception` on the way out should see it."""
 
@@ -245,7 +198,7 @@ class DiffusersDenoiser:
 
     _base: _SharedUNet
     _changes: tuple[_Change, ...] = ()
-    _input_maps: tuple[_InputMap, ...] = ()
+    _input_maps: tuple[InputMap, ...] = ()
 
     family = "SD1.x"
     patchable = True
@@ -326,19 +279,11 @@ class DiffusersDenoiser:
         self._check(maps)
         if strength == 0.0:
             return self
-        beside = {name: _factors(up, down) for name, up, down in deltas}
-        added = []
-        for entries, out, inner in maps:
-            names = tuple(name for name, _, _ in entries)
-            added.append(
-                _InputMap(
-                    names,
-                    _factors(out, inner),
-                    float(strength),
-                    gate and TextGate(*gate),
-                    tuple((name, beside[name]) for name in names if name in beside),
-                )
-            )
+        opens = gate and TextGate(*gate)
+        added = [
+            InputMap(entries, out, inner, float(strength), opens, deltas)
+            for entries, out, inner in maps
+        ]
         return replace(self, _input_maps=(*self._input_maps, *added))
 
     def _check(self, maps: Sequence[TextMap]) -> None:
@@ -476,20 +421,18 @@ class DiffusersDenoiser:
 
     @contextlib.contextmanager
     def _inputs_mapped(self) -> Iterator[None]:
-        handles = []
-        try:
+        with contextlib.ExitStack() as hooks:
             for each in self._input_maps:
                 paths = {
                     name: self._base.module_names[name].removesuffix(".weight")
                     for name in each.names
                 }
-                handles += each.hooks(
-                    {name: self._base.unet.get_submodule(path) for name, path in paths.items()}
+                hooks.enter_context(
+                    each.hooked(
+                        {name: self._base.unet.get_submodule(path) for name, path in paths.items()}
+                    )
                 )
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextlib.contextmanager
     def _tapped(self, tap: Tap | None, attention_only: bool) -> Iterator[None]:

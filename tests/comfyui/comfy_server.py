@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class Server:
     """A started host.
 
     `base` is its --base-directory, `pack_name` our folder below custom_nodes; `probe` adds the
-    tests' own nodes.
+    tests' own nodes, `arguments` stand behind those of every host.
     """
 
     def __init__(
@@ -163,10 +164,12 @@ class Server:
         device: str = "cpu",
         probe: bool = True,
         pack_name: str = "lacuna",
+        arguments: Sequence[str] = (),
     ) -> None:
         self.checkout = checkout
         self.base = base
         self.device = device
+        self._arguments = arguments
         self.port = _free_port()
         self.log_file = base / "host.log"
         folders = ("models/checkpoints", "models/loras", "custom_nodes", "input", "output", "user")
@@ -202,7 +205,7 @@ class Server:
             "--base-directory", str(self.base), "--front-end-root", str(self._front_end),
             "--disable-api-nodes", "--disable-auto-launch", "--dont-print-server",
             "--preview-method", "none", "--database-url", "sqlite:///:memory:",
-            *(["--cpu"] if self.device == "cpu" else []),
+            *(["--cpu"] if self.device == "cpu" else []), *self._arguments,
         ]  # fmt: skip
         environment = host_environment(self.device)
         with self.log_file.open("wb") as log:

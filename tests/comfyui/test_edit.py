@@ -12,14 +12,15 @@ from types import ModuleType
 import pytest
 import safetensors.torch
 import torch
-from comfy_server import Graph, Rejected, Run, Server
+from comfy_server import Checkout, Graph, Rejected, Run, Server
 from graphs import Builder, newest_latent, save_lora_id, saved_weights
-from host_fixtures import TEST_DATA
+from host_fixtures import CHECKPOINT_NAME, TEST_DATA, share_text_cache
 
 Weights = dict[str, torch.Tensor]
 
 LORA = "upstream.safetensors"
 FP16_ROUNDING = 2.0**-11
+FP8_ROUNDING = 2.0**-4
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +95,32 @@ def test_only_keys_and_values_change(
     assert 0.001 < change < 2.0
     text = server.run(build.edit() | build.report()).outputs["report"]["text"][0]
     assert "hamburger -> apple" in text and "Applied to the weights" in text
+
+
+def test_weights_in_fp8_are_edited_as_any(
+    checkout: Checkout, checkpoint_file: Path, build: Builder, tmp_path: Path,
+    base_weights: Weights, edited_weights: Weights,
+) -> None:  # fmt: skip
+    share_text_cache(tmp_path)
+    files = {CHECKPOINT_NAME: checkpoint_file}
+    fp8 = Server(checkout, tmp_path, checkpoints=files, arguments=["--fp8_e4m3fn-unet"])
+    fp8.start()
+    try:
+        before = fp8.run(_base(build, "base_kv")).outputs["base"]["text"][0]
+        edit = build.edit() | build.weights(["refine", 0], "w", "edited_kv") | build.report()
+        assert "Applied to the weights" in fp8.run(edit).outputs["report"]["text"][0]
+        off = build.edit(strength=0.0) | build.weights(["refine", 0], "off")
+        assert fp8.run(off).outputs["off"]["text"][0] == before
+        assert fp8.run(_base(build)).outputs["base"]["text"][0] == before
+    finally:
+        fp8.stop()
+    base, edited = _stack(saved_weights(fp8, "base_kv")), _stack(saved_weights(fp8, "edited_kv"))
+    full = _stack(base_weights)
+    assert 0 < _relative(base - full, full) < FP8_ROUNDING
+    shared = torch.linalg.lstsq(full, _stack(edited_weights) - full).solution
+    assert _relative(base - edited, edited) > 2 * FP8_ROUNDING
+    # Rounded once more when the host stores it.
+    assert _relative(base + base @ shared - edited, edited) < FP8_ROUNDING
 
 
 def test_all_matrices_share_one_map(base_weights: Weights, edited_weights: Weights) -> None:
