@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <optional>
 #include <set>
@@ -64,21 +65,26 @@ std::vector<std::string> plain_words(std::vector<std::string> vocabulary, size_t
   return vocabulary;
 }
 
-// Alone, in a photo, and in turn in one of some ways beside other words.
-std::vector<std::string> retain_prompts(const std::string& phrase, size_t number,
-                                        const std::vector<std::string>& companions) {
+struct RetainPrompts {
+  std::vector<std::string> texts;
+  std::vector<std::string> before;  // the phrase
+};
+
+// Adds those of one phrase: alone, in a photo, and in turn in one of some ways beside other words.
+void add_retain_prompts(RetainPrompts& prompts, const std::string& phrase, size_t number,
+                        const std::vector<std::string>& companions) {
   constexpr std::array<std::string_view, 5> kBeside{"{} and {1}", "{1} and {}",
                                                     "a picture of {1} with {}", "{1}, {2}, {}",
                                                     "a drawing of {} beside {1} in {2} style"};
-  std::vector<std::string> prompts;
-  for (std::string_view each : kPlainTemplates) prompts.push_back(fill_template(each, phrase));
+  const auto add = [&](std::string_view prompt_template) {
+    prompts.texts.push_back(fill_template(prompt_template, phrase));
+    prompts.before.push_back(prefix_of_template(prompt_template));
+  };
+  for (std::string_view each : kPlainTemplates) add(each);
   const auto companion = [&](size_t which) -> const std::string& {
     return companions[(number * (4 * which + 3) + 5 * which) % companions.size()];
   };
-  const std::string beside =
-      fill_companions(kBeside[number % kBeside.size()], companion(1), companion(2));
-  prompts.push_back(fill_template(beside, phrase));
-  return prompts;
+  add(fill_companions(kBeside[number % kBeside.size()], companion(1), companion(2)));
 }
 
 // [positions] float32: how many rows of a window each sampled one stands for. Those of the padding
@@ -109,13 +115,11 @@ at::Tensor sampled_gram(const at::Tensor& rows, int64_t window, Progress& progre
 }
 
 // kRetainPrompts of each phrase, in order.
-std::vector<std::string> prompts_of(const std::vector<std::string>& phrases,
-                                    const std::vector<std::string>& companions) {
-  std::vector<std::string> prompts;
+RetainPrompts prompts_of(const std::vector<std::string>& phrases,
+                         const std::vector<std::string>& companions) {
+  RetainPrompts prompts;
   for (size_t i = 0; i < phrases.size(); ++i) {
-    for (std::string& each : retain_prompts(phrases[i], i, companions)) {
-      prompts.push_back(std::move(each));
-    }
+    add_retain_prompts(prompts, phrases[i], i, companions);
   }
   return prompts;
 }
@@ -265,20 +269,23 @@ PhraseRows read_phrase_rows(TextEncoder& encoder, const std::vector<std::string>
   const int64_t d = encoder.width();
   const std::string fingerprint = encoder.fingerprint();
   const auto positions = static_cast<int64_t>(sampled_positions(encoder.window()).size());
-  PhraseRows out{phrases, {}, {}, {}};
+  PhraseRows out;
+  out.phrases = phrases;
   std::vector<at::Tensor> last{at::zeros({0, d}, at::kDouble)};
   std::vector<at::Tensor> rows{at::zeros({0, kRetainPrompts, positions, d}, at::kHalf)};
   for (const std::string& phrase : phrases) {
     // What stands beside a phrase depends on the phrase, so that it is the same in every list.
-    std::vector<std::string> prompts = retain_prompts(phrase, stable_hash(phrase), companions);
+    RetainPrompts prompts;
+    add_retain_prompts(prompts, phrase, stable_hash(phrase), companions);
     const std::string key = "stays\n" + std::to_string(companions.size()) + '\n' + phrase;
     const auto read = remembered(cache, fingerprint, key, [&] {
-      ReadPhrases made = read_phrases(encoder, prompts, [](int64_t) {}, progress);
+      ReadPhrases made = read_phrases(encoder, prompts.texts, [](int64_t) {}, progress);
       return std::vector<at::Tensor>{std::move(made.last), std::move(made.rows)};
     });
     last.push_back(read[0]);
     rows.push_back(read[1]);
-    for (std::string& each : prompts) out.prompts.push_back(std::move(each));
+    std::move(prompts.texts.begin(), prompts.texts.end(), std::back_inserter(out.prompts));
+    std::move(prompts.before.begin(), prompts.before.end(), std::back_inserter(out.before));
   }
   out.last = at::cat(last);
   out.rows = at::cat(rows);
@@ -338,7 +345,7 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
     progress.status("reading " + std::to_string(words.size()) + " words of the text encoder" +
                     (f == 0 ? "" : " as '" + form + "'") + ", once for this encoder");
     read[f].phrases = read_phrases(
-        encoder, prompts_of(fill_all(set.frames[f], words), words),
+        encoder, prompts_of(fill_all(set.frames[f], words), words).texts,
         [&](int64_t phrases) {
           done += phrases;
           progress.report(done, missing * total);
@@ -378,7 +385,7 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
   std::vector<at::Tensor> rows;
   for (size_t f = 0; f < set.frames.size(); ++f) {
     const std::vector<std::string> filled = fill_all(set.frames[f], words);
-    std::vector<std::string> prompts = prompts_of(filled, words);
+    RetainPrompts prompts = prompts_of(filled, words);
     const auto& [words_last, words_rows] = read[f].phrases;
     const at::Tensor score =
         std::get<0>(ConceptRecognizer(words_last, targets).scores(words_last).max(1));
@@ -396,9 +403,11 @@ RetainSet collect_retain_set(TextEncoder& encoder, const std::vector<Concept>& c
       (left_out ? set.left_out : set.kept.phrases).push_back(phrase);
       if (!left_out) kept.push_back(number);
       for (int64_t k = number * kRetainPrompts; k < (number + 1) * kRetainPrompts; ++k) {
-        std::string& prompt = prompts[static_cast<size_t>(k)];
+        std::string& prompt = prompts.texts[static_cast<size_t>(k)];
         if (left_out || names_any(prompt)) unwanted.push_back(k);
-        if (!left_out) set.kept.prompts.push_back(std::move(prompt));
+        if (left_out) continue;
+        set.kept.prompts.push_back(std::move(prompt));
+        set.kept.before.push_back(std::move(prompts.before[static_cast<size_t>(k)]));
       }
     }
     const auto rows_of = [](const at::Tensor& from, const std::vector<int64_t>& numbers) {

@@ -24,6 +24,7 @@ namespace {
 
 // Chosen on the demo model's flags and objects, by words that its protocol does not use.
 constexpr double kShareOfOthers = 0.5;
+constexpr double kShareOfTargets = 0.5;  // of the spread within phrases; the rest is of words
 constexpr double kRidge = 1e-3;
 // One odd prompt of a concept does not decide its threshold.
 constexpr int64_t kOddPrompts = 1;
@@ -85,6 +86,7 @@ PhraseRows rows_to_stay(TextEncoder& encoder, const std::vector<PreservedPhrase>
       read_phrase_rows(encoder, preserved, retained.vocabulary, progress, cache);
   stay.phrases.insert(stay.phrases.end(), listed.phrases.begin(), listed.phrases.end());
   stay.prompts.insert(stay.prompts.end(), listed.prompts.begin(), listed.prompts.end());
+  stay.before.insert(stay.before.end(), listed.before.begin(), listed.before.end());
   stay.last = at::cat({stay.last, listed.last});
   stay.rows = at::cat({stay.rows, listed.rows});
   return stay;
@@ -121,13 +123,60 @@ at::Tensor same_concept(const std::vector<NamedPhrase>& named) {
   return item.unsqueeze(0).eq(item.unsqueeze(1));
 }
 
+// Places of the phrase's last token in what is sampled of each of its prompts; only of phrases with
+// two or more that are.
+std::vector<std::vector<std::pair<int64_t, int64_t>>> last_tokens(TextEncoder& encoder,
+                                                                  const PhraseRows& stay,
+                                                                  Progress& progress) {
+  const std::vector<int64_t> places = sampled_positions(encoder.window());
+  const auto tokens = [&](const std::string& text) {
+    return text.empty() ? 0 : static_cast<int64_t>(encoder.tokenize(text).size()) - 2;
+  };
+  std::vector<std::vector<std::pair<int64_t, int64_t>>> out;  // prompt and row, of each phrase
+  for (size_t i = 0; i < stay.phrases.size(); ++i) {
+    progress.check();
+    const int64_t own = tokens(stay.phrases[i]);
+    std::vector<std::pair<int64_t, int64_t>> found;
+    for (int64_t j = 0; j < kRetainPrompts; ++j) {
+      const int64_t last = tokens(stay.before[i * kRetainPrompts + static_cast<size_t>(j)]) + own;
+      const auto at = std::find(places.begin(), places.end(), last);
+      if (at == places.begin() || at == places.end() || *(at - 1) != last - 1) continue;
+      found.emplace_back(static_cast<int64_t>(i) * kRetainPrompts + j, at - places.begin());
+    }
+    if (found.size() > 1) out.push_back(std::move(found));
+  }
+  return out;
+}
+
+// Adds how the last token of what must stay, with the one before, differs from prompt to prompt,
+// phrase by phrase: a few targets in their own prompts show less of it than hundreds of words do.
+// Returns the share of the whole spread within phrases that is left to the targets.
+double add_spread_of_words(GramSum& spread, TextEncoder& encoder, const PhraseRows& stay,
+                           Progress& progress) {
+  const auto places = last_tokens(encoder, stay, progress);
+  size_t degrees = 0;
+  for (const auto& phrase : places) degrees += phrase.size() - 1;
+  if (degrees == 0) return 1.0;
+  const at::Tensor prompts = stay.rows.flatten(0, 1);
+  for (const auto& phrase : places) {
+    progress.check();
+    std::vector<at::Tensor> rows;
+    for (const auto& [prompt, row] : phrase) {
+      rows.push_back(at::cat({prompts[prompt][row], prompts[prompt][row - 1]}));
+    }
+    const at::Tensor tokens = at::stack(rows).to(at::kFloat);
+    spread.add(tokens - tokens.mean(0), (1.0 - kShareOfTargets) / static_cast<double>(degrees));
+  }
+  return kShareOfTargets;
+}
+
 // The last token of each phrase, whatever else its prompt says; `confused` as in FittedGate.
-TextGate::Test token_test(const PhraseRows& stay, const std::vector<NamedPhrase>& named,
-                          const at::Tensor& beside, int64_t window,
+TextGate::Test token_test(TextEncoder& encoder, const PhraseRows& stay,
+                          const std::vector<NamedPhrase>& named, const at::Tensor& beside,
                           std::vector<std::string>& confused, Progress& progress) {
   const int64_t d = stay.rows.size(3);
   const auto count = static_cast<int64_t>(named.size());
-  const PairsInBlocks others(stay.rows, window, progress);
+  const PairsInBlocks others(stay.rows, encoder.window(), progress);
   const at::Tensor mean = others.mean();
   GramSum spread(2 * d);
   others.each([&](int64_t, const at::Tensor& block) {
@@ -136,12 +185,13 @@ TextGate::Test token_test(const PhraseRows& stay, const std::vector<NamedPhrase>
   });
   int64_t prompts = 0;
   for (const NamedPhrase& each : named) prompts += each.tokens.size(0);
+  const double share = add_spread_of_words(spread, encoder, stay, progress);
   std::vector<at::Tensor> means;
   for (const NamedPhrase& each : named) {
     progress.check();
     const at::Tensor tokens = each.tokens.to(at::kDouble);
     means.push_back(tokens.mean(0));
-    spread.add(tokens - means.back(), 1.0 / static_cast<double>(prompts));
+    spread.add(tokens - means.back(), share / static_cast<double>(prompts));
   }
   at::Tensor covariance = spread.finish();
   covariance.diagonal().add_(kRidge * covariance.diagonal().mean().item<double>());
@@ -228,7 +278,7 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
   FittedGate fitted;
   TextGate gate;
   gate.window = encoder.window();
-  gate.tests.push_back(token_test(stay, named, beside, gate.window, fitted.confused, progress));
+  gate.tests.push_back(token_test(encoder, stay, named, beside, fitted.confused, progress));
   gate.tests.push_back(prompt_test(stay, named, beside));
   fitted.gate = std::make_shared<const TextGate>(std::move(gate));
   return fitted;

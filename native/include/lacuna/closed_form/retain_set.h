@@ -36,6 +36,7 @@ inline constexpr int64_t kRetainPrompts = 3;
 struct PhraseRows {
   std::vector<std::string> phrases;
   std::vector<std::string> prompts;  // kRetainPrompts of each phrase
+  std::vector<std::string> before;   // what stands before the phrase in each of them
   at::Tensor last;  // [n, d] float64: last row of the window, mean over the plain templates
   // [n, kRetainPrompts, sampled_positions().size(), d] float16: alone, in a photo, and beside
   // others
