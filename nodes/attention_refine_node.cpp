@@ -61,11 +61,7 @@ std::string report(const RefinedEdit& edit, RetainSetSize asked, double strength
           " phrases, general prior " + std::string(to_string(refinement.concepts.general_prior)) +
           ".";
   text += retain_set_line(edit.retained, asked);
-  text += format_numbers("\nEdit: %.1f %% of the projections' norm, condition number %.2g",
-                         100 * relative_edit, refinement.condition);
-  text += refinement.floor_added > 0.0
-              ? format_numbers(", floor %.2g added.", refinement.floor_added)
-              : ".";
+  text += size_line(relative_edit, refinement.condition, refinement.floor_added);
   if (strength != 0.0 && edit.relative_norm < kNoChange) {
     text +=
         "\nWarning: nothing was changed, because the text encoder reads the concepts as it reads "

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "lacuna/closed_form/spd_solver.h"
 #include "lacuna/concepts/prompt_templates.h"
 #include "lacuna/files/text.h"
 
@@ -51,6 +52,18 @@ std::string retain_set_line(const RetainSet& set, RetainSetSize asked) {
     text += " Not kept, because it takes them for a concept: " + joined(set.left_out, 12) + ".";
   }
   return text;
+}
+
+std::string size_line(double relative, double condition, double floor_added) {
+  std::string text = format_numbers(
+      "\nSize of the edit: %.3g %% of the weights that read text. Solved in float64, condition "
+      "number %.2g: ",
+      100 * relative, condition);
+  if (floor_added > 0.0) {
+    return text + format_numbers("some texts were the same to the encoder (floor %.2g added).",
+                                 floor_added);
+  }
+  return text + format_numbers("below %.0e it is exact.", 1.0 / kNoiseFloor);
 }
 
 std::string applied_line(AppliedTo to) {

@@ -29,6 +29,10 @@ std::string joined(const std::vector<std::string>& names, size_t shown);
 // What the retain set kept and left out, as a line of its own; empty when none was asked for.
 std::string retain_set_line(const RetainSet& set, RetainSetSize asked);
 
+// How much the edit changes of what reads the text, and how far its solve can be trusted: a line of
+// its own. relative: as in EditSize; condition, floor_added: of the solve (SpdSolver).
+std::string size_line(double relative, double condition, double floor_added);
+
 // What an edit was made on.
 enum class AppliedTo { kNothing, kWeights, kNamingPrompts, kConditioning, kConditioningOfPacked };
 // That, and what no file of the host's holds of it: a line of its own.

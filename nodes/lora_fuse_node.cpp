@@ -199,10 +199,7 @@ std::string report(const Selection& selection, const FusionOptions& options, con
   text += "\nPreserved: " + std::to_string(bundle.preserve.size()) + " phrases, general prior " +
           std::string(to_string(bundle.general_prior)) + ".";
   text += retain_set_line(retained, asked);
-  text += format_numbers("\nEdit: %.3g %% of the projections' norm, condition number %.2g",
-                         100 * lora.edit_norm / original_norm, fusion.condition);
-  text +=
-      fusion.floor_added > 0.0 ? format_numbers(", floor %.2g added.", fusion.floor_added) : ".";
+  text += size_line(lora.edit_norm / original_norm, fusion.condition, fusion.floor_added);
   // Of prompts that name nothing a gated edit changes nothing.
   if (to != AppliedTo::kNamingPrompts) {
     text += violence_warning({.relative = lora.edit_norm / original_norm,

@@ -173,6 +173,12 @@ class PythonDenoiser final : public Denoiser {
                                                   when, to_python(deltas)));
   }
 
+  at::Tensor acts_on(const at::Tensor& context) override {
+    py::gil_scoped_acquire gil;
+    const py::object acts = handle_.call<py::object>("acts_on", context);
+    return acts.is_none() ? at::Tensor() : acts.cast<at::Tensor>();
+  }
+
   at::Tensor noise_levels() override { return handle_.attribute<at::Tensor>("noise_levels"); }
   std::vector<int64_t> latent_shape(int64_t width, int64_t height) override {
     return handle_.call<std::vector<int64_t>>("latent_shape", width, height);

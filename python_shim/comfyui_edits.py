@@ -55,7 +55,7 @@ class InputMapWrapper:
     """An APPLY_MODEL wrapper: the same edit on what the weights read, while the model runs."""
 
     def __init__(self, edit: InputMap) -> None:
-        self._edit = edit
+        self.edit = edit
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InputMapWrapper:
         return self  # never changes; older hosts copy what a MODEL carries with every clone
@@ -63,9 +63,9 @@ class InputMapWrapper:
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         modules = {
             name: comfy.utils.get_attr(executor.class_obj, name.removesuffix(".weight"))
-            for name in self._edit.names
+            for name in self.edit.names
         }
-        with self._edit.hooked(modules), _uncompiled():
+        with self.edit.hooked(modules), _uncompiled():
             return executor(*args, **kwargs)
 
 

@@ -41,7 +41,7 @@ from .comfyui_edits import InputMapWrapper, TextMapAdapter
 from .comfyui_weights import base_identity, converted, is_plain
 from .errors import HostError
 from .fingerprint import Identity
-from .input_map import InputMap
+from .input_map import InputMap, acts_on
 from .text_gate import GateParts, TextGate
 
 Delta = tuple[str, torch.Tensor, torch.Tensor | None]
@@ -58,6 +58,8 @@ _CROSS_ATTENTION = re.compile(
 )
 _PIXELS_PER_LATENT = 8
 _TRAINING_STEPS = 1000
+_APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+_WRAPPER_KEY = "lacuna"
 _READ_AN_IMAGE = (SVD_img2vid, Stable_Zero123)  # instead of a text, in their cross-attention
 # Draw nothing without a picture to begin with, so that there is nothing to train on or to judge.
 _BEGIN_WITH_A_PICTURE = {
@@ -204,11 +206,15 @@ class ComfyDenoiser:
             self._require([name for name, _, _ in entries])
             edit = InputMap(entries, out, inner, strength, gate and TextGate(*gate), deltas)
             patcher.add_wrapper_with_key(
-                comfy.patcher_extension.WrappersMP.APPLY_MODEL,
-                "lacuna",
+                _APPLY_MODEL,
+                _WRAPPER_KEY,
                 InputMapWrapper(edit),
             )
         return ComfyDenoiser(patcher)
+
+    def acts_on(self, context: torch.Tensor) -> torch.Tensor | None:
+        wrappers = self.patcher.get_wrappers(_APPLY_MODEL, _WRAPPER_KEY)
+        return acts_on((each.edit for each in wrappers), context)
 
     def _require(self, names: Sequence[str]) -> None:
         missing = set(names) - set(self.patcher.model.state_dict())

@@ -24,7 +24,7 @@ from .autograd import (
 )
 from .errors import HostError, brief
 from .fingerprint import Identity, identify
-from .input_map import InputMap
+from .input_map import InputMap, acts_on
 from .lora_file import Delta
 from .sd1_checkpoint import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
 from .text_gate import GateParts, NamedMap, TextGate
@@ -285,6 +285,9 @@ class DiffusersDenoiser:
             for entries, out, inner in maps
         ]
         return replace(self, _input_maps=(*self._input_maps, *added))
+
+    def acts_on(self, context: torch.Tensor) -> torch.Tensor | None:
+        return acts_on(self._input_maps, context)
 
     def _check(self, maps: Sequence[TextMap]) -> None:
         for entries, out, inner in maps:

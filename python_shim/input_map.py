@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,10 @@ class InputMap:
         self._gate = gate
         self._deltas = {name: _factors(up, down) for name, up, down in deltas if name in self.names}
 
+    def acts_on(self, text: torch.Tensor) -> torch.Tensor | None:
+        """Which prompts it acts on, [n] bool; None: on all."""
+        return None if self._gate is None else self._gate(text)
+
     @contextmanager
     def hooked(self, modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
         """While the weights' modules, by weight name, run."""
@@ -49,7 +53,7 @@ class InputMap:
                 change = change_of(text[..., first : first + width].float(), self.factors)
                 rest = text.shape[-1] - first - width
                 change = torch.nn.functional.pad(self.strength * change, (first, rest))
-                opened = None if self._gate is None else self._gate(text)
+                opened = self.acts_on(text)
                 changed = (text.float() + change).to(text.dtype)
                 seen[:] = [text, mapped_where(text, changed, opened), opened]
             return (seen[1], *inputs[1:])
@@ -76,6 +80,14 @@ class InputMap:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def acts_on(edits: Iterable[InputMap], text: torch.Tensor) -> torch.Tensor | None:
+    """Which prompts gated edits act on; None where there is none, or one acts on every prompt."""
+    opened = [each.acts_on(text) for each in edits]
+    if not opened or any(each is None for each in opened):
+        return None
+    return torch.stack(opened).any(0).cpu()
 
 
 def _factors(out: torch.Tensor, inner: torch.Tensor | None) -> list[torch.Tensor]:

@@ -81,6 +81,9 @@ class FakeDenoiser:
                 weights[name] = weights[name] + strength * weights[name] @ delta
         return FakeDenoiser(weights=weights)
 
+    def acts_on(self, context: torch.Tensor) -> None:
+        return None
+
     noise_levels = torch.linspace(0.03, 14.0, 1000)
 
     def latent_shape(self, width: int, height: int) -> list[int]:

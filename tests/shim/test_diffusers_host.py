@@ -425,6 +425,12 @@ def test_a_map_is_the_same_on_weights_and_on_what_they_read(demo):
     never = [(torch.zeros(768, 1), None, torch.ones(1), False)], 77
     closed = model.with_input_maps(maps, 0.7, never, deltas)
     assert torch.equal(sample(closed, clip), plain)
+    text = clip.encode(["an owl", "a ship"])
+    always = [(torch.zeros(768, 1), None, -torch.ones(1), False)], 77
+    assert model.acts_on(text) is None and beside.acts_on(text) is None
+    assert closed.acts_on(text).tolist() == [False, False]
+    assert closed.with_input_maps(maps, 0.7, always).acts_on(text).tolist() == [True, True]
+    assert closed.with_input_maps(maps, 0.7).acts_on(text) is None  # the second acts everywhere
     # two factors are their product
     out, inner = noise(768, 4, seed=3, scale=0.1), noise(4, 768, seed=4, scale=0.1)
     for place in ("with_weight_maps", "with_input_maps"):

@@ -204,6 +204,12 @@ class Denoiser {
   virtual std::shared_ptr<Denoiser> with_input_maps(
       const std::vector<TextMap>& maps, const std::vector<WeightDelta>& deltas, double strength,
       const std::shared_ptr<const TextGate>& gate) = 0;
+  // Of edits with a gate: for which prompts one opens, [n] bool CPU; context: [n, T, d]. Undefined
+  // where there is none, or where another edit acts on every prompt while the model runs.
+  virtual at::Tensor acts_on(const at::Tensor& context) {
+    (void)context;
+    return {};
+  }
   // Sigma of every training timestep, ascending, [1000] float32 CPU.
   virtual at::Tensor noise_levels() = 0;
   // [c, h, w] of the latent of a picture of that size in pixels. Throws where the model cannot draw

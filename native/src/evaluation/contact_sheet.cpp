@@ -308,7 +308,26 @@ void draw_bar(Page& page, const std::string& label, double share, Colour colour)
   page.cursor += kLine;
 }
 
+void draw_gate(Page& page, const GateScan& gate, size_t index) {
+  const ConceptGate& item = gate.concepts[index];
+  write_heading(page, "On which prompts with '" + item.target + "' the edit acts",
+                "100 %: on all of them");
+  for (const GateCount& form : item.named) {
+    draw_bar(page, form.form, form.acted.share(), kWanted);
+  }
+  draw_bar(page, "typing errors, descriptions", item.disguised.acted.share(), kWanted);
+  if (index > 0 || gate.others.empty()) return;
+  write_heading(page, "On which prompts without a concept it acts", "0 %: on none of them");
+  for (const GateCount& other : gate.others) {
+    draw_bar(page, other.form, other.acted.share(), kUnwanted);
+  }
+}
+
 void draw_preflight(Page& page, const Evaluation& evaluation, size_t index) {
+  if (evaluation.gate.gated && !evaluation.scan.weights_differ) {
+    draw_gate(page, evaluation.gate, index);
+    return;
+  }
   const ConceptResidual& item = evaluation.scan.concepts[index];
   write_heading(page, "What is left of '" + item.target + "' in what the model reads",
                 "0 %: as the anchor, 100 %: as before");

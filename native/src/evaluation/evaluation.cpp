@@ -114,6 +114,9 @@ Evaluation evaluate(const EvaluationInputs& inputs, const ConceptSet& set,
   }
   evaluation.scan =
       scan_residuals(inputs.base, inputs.edited, inputs.encoder, set, options.neighbours, progress);
+  std::vector<std::string> neighbours;
+  for (const WordDrift& word : evaluation.scan.neighbours) neighbours.push_back(word.word);
+  evaluation.gate = scan_gate(inputs.edited, inputs.encoder, set, neighbours, progress);
   evaluation.quick_pairs = pairs_at(EvaluationLevel::kQuick, set, options, evaluation.scan);
   evaluation.thorough_pairs = pairs_at(EvaluationLevel::kThorough, set, options, evaluation.scan);
   if (options.level == EvaluationLevel::kPreflight) return evaluation;

@@ -164,6 +164,28 @@ std::string scan_tables(const ordered_json& scan) {
   return out;
 }
 
+std::string gate_table(const ordered_json& gate) {
+  std::vector<std::vector<std::string>> rows;
+  const auto add = [&](const std::string& target, const ordered_json& count, bool should_act) {
+    std::string wrong;
+    for (const ordered_json& prompt : count.at("wrong")) {
+      wrong += (wrong.empty() ? "" : "; ") + text_of(prompt);
+    }
+    const std::string acted =
+        text_of(count.at("acted").at(0)) + " of " + text_of(count.at("acted").at(1));
+    rows.push_back(
+        {target, text_of(count.at("prompts")), should_act ? "yes" : "no", acted,
+         text_of(count.at("interval").at(0)) + " to " + text_of(count.at("interval").at(1)),
+         wrong});
+  };
+  for (const ordered_json& item : gate.at("concepts")) {
+    for (const ordered_json& form : item.at("named")) add(text_of(item.at("target")), form, true);
+    add(text_of(item.at("target")), item.at("disguised"), true);
+  }
+  for (const ordered_json& item : gate.at("others")) add("", item, false);
+  return table({"concept", "prompts", "should act", "acts on", "interval", "wrong"}, rows);
+}
+
 std::string failing_table(const ordered_json& failing) {
   std::vector<std::vector<std::string>> rows;
   for (const ordered_json& item : failing) {
@@ -202,6 +224,10 @@ std::string to_html(std::string_view json, const std::vector<std::string>& pages
     if (!root.at("benchmarks").empty()) {
       out += "<h2>Under the names of published benchmarks</h2>\n" +
              benchmark_table(root.at("benchmarks"));
+    }
+    // Reports of earlier versions know no gate.
+    if (const auto gate = root.find("gate"); gate != root.end() && !gate->is_null()) {
+      out += "<h2>Where the edit acts</h2>\n" + gate_table(*gate);
     }
     out += "<h2>What the weights say</h2>\n" + scan_tables(root.at("preflight"));
     out += "<h2>Protocol</h2>\n";

@@ -90,6 +90,27 @@ ordered_json scan_json(const ResidualScan& scan) {
   return out;
 }
 
+ordered_json gate_json(const GateScan& gate) {
+  if (!gate.gated) return nullptr;
+  const auto count_json = [](const GateCount& count) {
+    return ordered_json{{"prompts", count.form},
+                        {"acted", {count.acted.hits, count.acted.trials}},
+                        {"interval", interval_json(wilson_interval(count.acted))},
+                        {"wrong", count.wrong}};
+  };
+  ordered_json out;
+  out["concepts"] = ordered_json::array();
+  for (const ConceptGate& item : gate.concepts) {
+    ordered_json entry{{"target", item.target}, {"named", ordered_json::array()}};
+    for (const GateCount& form : item.named) entry["named"].push_back(count_json(form));
+    entry["disguised"] = count_json(item.disguised);
+    out["concepts"].push_back(std::move(entry));
+  }
+  out["others"] = ordered_json::array();
+  for (const GateCount& item : gate.others) out["others"].push_back(count_json(item));
+  return out;
+}
+
 ordered_json pair_json(const Evaluation& evaluation, const PicturePair& pair) {
   const EvaluationPrompt& prompt = evaluation.prompts[pair.prompt];
   ordered_json out;
@@ -234,6 +255,7 @@ std::string to_json(const Evaluation& evaluation, const EvaluationSummary& summa
       {"quick_pairs", evaluation.quick_pairs},
       {"thorough_pairs", evaluation.thorough_pairs}};
   root["preflight"] = scan_json(evaluation.scan);
+  root["gate"] = gate_json(evaluation.gate);
   root["pairs"] = ordered_json::array();
   for (const PicturePair& pair : evaluation.pairs) {
     root["pairs"].push_back(pair_json(evaluation, pair));

@@ -127,6 +127,33 @@ Scores preflight_scores(const ResidualScan& scan) {
   return scores;
 }
 
+// Of an edit that lies in no weight: where it acts.
+Scores gate_scores(const GateScan& gate) {
+  Scores scores;
+  Count other_words;
+  const auto add = [](Count& sum, const Count& count) {
+    sum.hits += count.hits;
+    sum.trials += count.trials;
+  };
+  Count erased;
+  for (const ConceptGate& item : gate.concepts) {
+    add(other_words, item.disguised.acted);
+    for (const GateCount& form : item.named) {
+      add(form.form == "synonyms" ? other_words : erased, form.acted);
+    }
+  }
+  const auto share = [](const Count& count) { return count.trials > 0 ? count.share() : kUnknown; };
+  scores.erased = share(erased);
+  scores.synonyms = share(other_words);
+  for (const GateCount& item : gate.others) {
+    const double left_alone = 1 - item.acted.share();
+    if (item.form == "preserved") scores.preserved = left_alone;
+    if (item.form == "similar words that nobody listed") scores.neighbours = left_alone;
+    if (item.form == "unrelated captions") scores.unrelated = left_alone;
+  }
+  return scores;
+}
+
 double share_of(const EvaluationSummary& summary, PromptList list) {
   const ListSummary* found = find_list(summary, list, -1);
   return found == nullptr ? kUnknown : found->hits().share();
@@ -217,6 +244,58 @@ std::string kept_sentence(const Evaluation& evaluation) {
   return text.empty() ? "" : text + ".";
 }
 
+std::string first_of(const std::vector<std::string>& prompts) {
+  return prompts.empty() ? "" : ", not on '" + prompts.front() + "'";
+}
+
+// Told from the text alone.
+std::vector<std::string> gate_verdict(const GateScan& gate) {
+  if (!gate.gated) return {};
+  std::vector<std::string> verdict;
+  const Count named = gate.named();
+  const Interval missed = wilson_interval({named.trials - named.hits, named.trials});
+  std::string text = "The edit acts on prompts that name a concept: on " + of(named) +
+                     " that do (it may miss " + percent(missed.low) + " to " +
+                     percent(missed.high) + " %)";
+  std::map<std::string, GateCount> forms;
+  for (const ConceptGate& item : gate.concepts) {
+    for (const GateCount& form : item.named) {
+      GateCount& sum = forms[form.form];
+      sum.acted.hits += form.acted.hits;
+      sum.acted.trials += form.acted.trials;
+      sum.wrong.insert(sum.wrong.end(), form.wrong.begin(), form.wrong.end());
+    }
+  }
+  std::string parts;
+  for (const auto& [form, sum] : forms) {
+    parts += (parts.empty() ? ": " : ", ") + form + " " + of(sum.acted) + first_of(sum.wrong);
+  }
+  text += parts + ".";
+  if (named.hits < named.trials) {
+    text +=
+        " Attention Refine's clip, connected to the prompts, misses none that says a concept word "
+        "for word (at strength 1).";
+  }
+  verdict.push_back(std::move(text));
+  std::string example;
+  for (const ConceptGate& item : gate.concepts) {
+    if (example.empty()) example = first_of(item.disguised.wrong);
+  }
+  const Count disguised = gate.disguised();
+  if (disguised.trials > 0) {
+    verdict.push_back("Written otherwise (typing errors, parted words, descriptions) it acts on " +
+                      of(disguised) + example + ".");
+  }
+  text.clear();
+  for (const GateCount& item : gate.others) {
+    text += (text.empty() ? "" : ", ") + of(item.acted) + " of " + item.form;
+    if (!item.wrong.empty()) text += " ('" + item.wrong.front() + "')";
+  }
+  verdict.push_back("Of prompts that name none it acts on " + text +
+                    "; all others are drawn as before, bit for bit.");
+  return verdict;
+}
+
 std::vector<std::string> picture_verdict(const Evaluation& evaluation,
                                          const EvaluationSummary& summary) {
   std::vector<std::string> verdict;
@@ -292,9 +371,24 @@ std::vector<std::string> picture_verdict(const Evaluation& evaluation,
   return verdict;
 }
 
+std::string cost_sentence(const Evaluation& evaluation) {
+  const auto cost = [&](int64_t pairs) {
+    return std::to_string(pairs) + " pairs of pictures (" +
+           std::to_string(2 * pairs * evaluation.options.steps) + " steps)";
+  };
+  return "Level 'quick' draws " + cost(evaluation.quick_pairs) + ", 'thorough' with more attacks " +
+         cost(evaluation.thorough_pairs) + ".";
+}
+
 std::vector<std::string> preflight_verdict(const Evaluation& evaluation) {
   std::vector<std::string> verdict;
   const ResidualScan& scan = evaluation.scan;
+  if (!scan.weights_differ && evaluation.gate.gated) {
+    verdict = gate_verdict(evaluation.gate);
+    verdict.push_back("Told from the text alone; what is drawn then, pictures show. " +
+                      cost_sentence(evaluation));
+    return verdict;
+  }
   if (!scan.weights_differ) {
     verdict.push_back(
         "No key or value matrix differs between the two models: either nothing was erased, or the "
@@ -326,14 +420,9 @@ std::vector<std::string> preflight_verdict(const Evaluation& evaluation) {
     verdict.push_back("Similar words that nobody listed drift by at most " + percent(worst->drift) +
                       " % ('" + worst->word + "').");
   }
-  const auto cost = [&](int64_t pairs) {
-    return std::to_string(pairs) + " pairs of pictures (" +
-           std::to_string(2 * pairs * evaluation.options.steps) + " steps)";
-  };
-  verdict.push_back(
-      "Read off the weights; only pictures show what that means. Level 'quick' draws " +
-      cost(evaluation.quick_pairs) + ", 'thorough' with more attacks " +
-      cost(evaluation.thorough_pairs) + ".");
+  for (std::string& line : gate_verdict(evaluation.gate)) verdict.push_back(std::move(line));
+  verdict.push_back("Read off the weights; only pictures show what that means. " +
+                    cost_sentence(evaluation));
   return verdict;
 }
 
@@ -379,7 +468,9 @@ Count ListSummary::hits() const {
 EvaluationSummary summarize(const Evaluation& evaluation) {
   EvaluationSummary summary;
   if (evaluation.pairs.empty()) {
-    summary.scores = preflight_scores(evaluation.scan);
+    summary.scores = evaluation.gate.gated && !evaluation.scan.weights_differ
+                         ? gate_scores(evaluation.gate)
+                         : preflight_scores(evaluation.scan);
     summary.verdict = preflight_verdict(evaluation);
   } else {
     const auto concepts = static_cast<int64_t>(evaluation.concepts.concepts.size());
@@ -409,6 +500,9 @@ EvaluationSummary summarize(const Evaluation& evaluation) {
         share_of(summary, PromptList::kPreserved), share_of(summary, PromptList::kNeighbours),
         share_of(summary, PromptList::kUnrelated)};
     summary.verdict = picture_verdict(evaluation, summary);
+    for (std::string& line : gate_verdict(evaluation.gate)) {
+      summary.verdict.push_back(std::move(line));
+    }
   }
   summary.scores.harmonic_mean = harmonic_mean_of(summary.scores);
   return summary;

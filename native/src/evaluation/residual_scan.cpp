@@ -35,7 +35,7 @@ constexpr std::string_view kWordsVersion = "1";
 constexpr std::string_view kCommonWordsFormat = "lacuna.common_words/2";
 
 // What the model reads of a phrase in the prompt "a photo of <phrase>".
-struct PhraseRows {
+struct ReadPhrase {
   at::Tensor tokens;   // [k, d], the phrase's own positions
   at::Tensor end;      // [1, d], end of text
   at::Tensor padding;  // [1, d], the last position
@@ -49,12 +49,12 @@ double sum_of(const at::Tensor& left, const at::Tensor& form, const at::Tensor& 
   return (at::matmul(left, form) * right).sum().item<double>();
 }
 
-std::vector<PhraseRows> encode_phrases(TextEncoder& encoder,
+std::vector<ReadPhrase> encode_phrases(TextEncoder& encoder,
                                        const std::vector<std::string>& phrases,
                                        Progress& progress) {
   const std::string prefix(kPrefix);
   const auto begin = static_cast<int64_t>(encoder.tokenize(prefix).size()) - 1;
-  std::vector<PhraseRows> rows;
+  std::vector<ReadPhrase> rows;
   for (size_t first = 0; first < phrases.size(); first += kPromptsPerCall) {
     progress.check();
     const size_t last = std::min(phrases.size(), first + kPromptsPerCall);
@@ -77,12 +77,12 @@ std::vector<PhraseRows> encode_phrases(TextEncoder& encoder,
 }
 
 // Last own token and end of text, [2, d]: where a causal encoder gathers a word's meaning.
-at::Tensor summary(const PhraseRows& rows) {
+at::Tensor summary(const ReadPhrase& rows) {
   return at::cat({rows.tokens.narrow(0, rows.tokens.size(0) - 1, 1), rows.end});
 }
 
 // Phrase and anchor position by position: tokens, then end of text and padding. [k + 2, d] each.
-std::pair<at::Tensor, at::Tensor> paired(const PhraseRows& phrase, const PhraseRows& anchor) {
+std::pair<at::Tensor, at::Tensor> paired(const ReadPhrase& phrase, const ReadPhrase& anchor) {
   const TokenAlignment alignment =
       align_phrases({0, phrase.tokens.size(0)}, {0, anchor.tokens.size(0)});
   std::vector<at::Tensor> from;
@@ -150,7 +150,7 @@ ModelForms collect_forms(Denoiser& base, Denoiser& edited,
   return forms;
 }
 
-double remaining_of(const ModelForms& forms, const PhraseRows& phrase, const PhraseRows& anchor) {
+double remaining_of(const ModelForms& forms, const ReadPhrase& phrase, const ReadPhrase& anchor) {
   const auto [from, to] = paired(phrase, anchor);
   const at::Tensor difference = from - to;
   const double before = sum_of(difference, forms.base, difference);
@@ -164,7 +164,7 @@ double remaining_of(const ModelForms& forms, const PhraseRows& phrase, const Phr
 class ContentScale {
  public:
   // ordinary: [2, d], the mean of the common words
-  ContentScale(const ModelForms& forms, const PhraseRows& target, const at::Tensor& ordinary)
+  ContentScale(const ModelForms& forms, const ReadPhrase& target, const at::Tensor& ordinary)
       : ordinary_(ordinary) {
     const at::Tensor direction = summary(target) - ordinary_;
     before_ = at::matmul(direction, forms.base);
@@ -370,8 +370,8 @@ ResidualScan scan_residuals(Denoiser& base, Denoiser& edited, TextEncoder& encod
   }
   for (const PreservedPhrase& item : set.preserve) want(item.phrase);
   for (const std::string& word : neighbours) want(word);
-  const std::vector<PhraseRows> rows = encode_phrases(encoder, texts, progress);
-  const auto rows_of = [&](const std::string& text) -> const PhraseRows& {
+  const std::vector<ReadPhrase> rows = encode_phrases(encoder, texts, progress);
+  const auto rows_of = [&](const std::string& text) -> const ReadPhrase& {
     return rows[index.at(text)];
   };
   const std::vector<std::string> words = common_words();
@@ -399,7 +399,7 @@ ResidualScan scan_residuals(Denoiser& base, Denoiser& edited, TextEncoder& encod
   for (size_t i = 0; i < set.concepts.size(); ++i) {
     progress.check();
     ConceptResidual& residual = scan.concepts[i];
-    const PhraseRows& anchor = rows_of(set.concepts[i].anchor);
+    const ReadPhrase& anchor = rows_of(set.concepts[i].anchor);
     for (PhraseResidual& phrase : residual.phrases) {
       phrase.remaining = remaining_of(forms, rows_of(phrase.phrase), anchor);
     }

@@ -512,6 +512,11 @@ def test_maps_are_the_same_on_weights_and_on_what_they_read(
     never = [(torch.zeros(768, 1), None, torch.ones(1), False)], 77
     closed = denoiser.with_input_maps(maps, 0.7, never, deltas)
     assert torch.equal(sample(closed.patcher, clip), sample(model, clip))
+    text = host.ComfyTextEncoder(clip).encode(["an owl", "a ship"])
+    always = [(torch.zeros(768, 1), None, -torch.ones(1), False)], 77
+    assert denoiser.acts_on(text) is None and beside.acts_on(text) is None
+    assert closed.acts_on(text).tolist() == [False, False]
+    assert closed.with_input_maps(maps, 0.7, always).acts_on(text).tolist() == [True, True]
     for module in model.model.modules():
         assert not module._forward_pre_hooks and not module._forward_hooks
 

@@ -139,6 +139,10 @@ std::shared_ptr<Denoiser> FakeDenoiser::with_input_maps(
   return patched;
 }
 
+at::Tensor FakeDenoiser::acts_on(const at::Tensor& context) {
+  return gate_ == nullptr ? at::Tensor() : opens(*gate_, context);
+}
+
 at::Tensor FakeDenoiser::read(const TextEntry& projection, const at::Tensor& context) const {
   const at::Tensor& weight = weights_.at(projection.name);
   const at::Tensor x = context.to(weight);

@@ -63,6 +63,7 @@ class FakeDenoiser : public Denoiser, public std::enable_shared_from_this<FakeDe
   std::shared_ptr<Denoiser> with_input_maps(const std::vector<TextMap>& maps,
                                             const std::vector<WeightDelta>& deltas, double strength,
                                             const std::shared_ptr<const TextGate>& gate) override;
+  at::Tensor acts_on(const at::Tensor& context) override;
   at::Tensor noise_levels() override;
   std::vector<int64_t> latent_shape(int64_t width, int64_t height) override;
   at::Tensor to_host_latent(const at::Tensor& latent) override { return latent / 0.18215; }

@@ -12,6 +12,7 @@
 #include "lacuna/evaluation/confidence.h"
 #include "lacuna/evaluation/detector.h"
 #include "lacuna/evaluation/evaluation_prompt.h"
+#include "lacuna/evaluation/gate_scan.h"
 #include "lacuna/evaluation/image_encoder.h"
 #include "lacuna/evaluation/residual_scan.h"
 #include "lacuna/host.h"
@@ -56,6 +57,7 @@ struct Evaluation {
   EvaluationOptions options;
   ConceptSet concepts;
   ResidualScan scan;
+  GateScan gate;
   std::vector<EvaluationPrompt> prompts;
   std::vector<PicturePair> pairs;  // prompt by prompt
   at::Tensor before;               // [pairs, H, W, 3] uint8 CPU

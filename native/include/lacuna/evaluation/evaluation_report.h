@@ -11,8 +11,8 @@ namespace lacuna {
 
 // An evaluation as files.
 
-// `lacuna.evaluation/1`: verdict, scores, counts, lists, preflight, every pair, and the protocol
-// that someone else needs to repeat it.
+// `lacuna.evaluation/1`: verdict, scores, counts, lists, preflight, gate (null: none), every pair,
+// and the protocol that someone else needs to repeat it.
 std::string to_json(const Evaluation& evaluation, const EvaluationSummary& summary);
 
 // One page of HTML with no links to anything outside: the verdict, the pictures, tables, plots with
