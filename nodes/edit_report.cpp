@@ -67,11 +67,12 @@ std::string size_line(double relative, double condition, double floor_added) {
 }
 
 std::string applied_line(AppliedTo to) {
-  // No saver and no merge of the host sees an edit of the conditioning.
+  // No saver of the host sees an edit of the conditioning, and a merge follows its first MODEL.
   const std::string unsaved =
       ": it acts in pictures drawn with this MODEL and is no part of its weights, so that Save "
-      "Checkpoint writes the model with the concepts still in it. To pass the edit on, save the "
-      "LoRA, which holds it";
+      "Checkpoint writes the model with the concepts still in it, and a merge has all of the edit "
+      "where this MODEL comes first, else nothing of it. To pass the edit on, save the LoRA, which "
+      "holds it";
   switch (to) {
     case AppliedTo::kNothing:
       return "\nStrength 0: the model is unchanged.";

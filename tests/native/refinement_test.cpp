@@ -296,10 +296,14 @@ TEST_P(RefinementTest, NotANumberEmbeddingsAreNamed) {
   FakeTextEncoder encoder(16, device());
   encoder.broken = true;
   SilentProgress progress;
-  const RefinementOptions options = options_of("uce");
-  const RefinementProblem problem =
-      collect_problem(encoder, set_of({concept_of("cat", "fog")}), options, nullptr, progress);
-  EXPECT_THROW(solve_refinement(problem, options), Error);
+  EXPECT_THROW(collect_problem(encoder, set_of({concept_of("cat", "fog")}), options_of("uce"),
+                               nullptr, progress),
+               Error);
+  // Text statistics from elsewhere.
+  RefinementProblem problem;
+  problem.concepts = TextStatistics::zeros(16);
+  problem.concepts.kept[0][0] = std::nan("");
+  EXPECT_THROW(solve_refinement(problem, options_of("uce")), Error);
 }
 
 class WrongShapeEncoder : public FakeTextEncoder {

@@ -198,6 +198,12 @@ TEST_F(RetainSetTest, ConceptsThatLeaveNothingToKeepAreRefusedInASentence) {
             std::string::npos);
 }
 
+TEST_F(RetainSetTest, ADamagedEncoderIsFoundOutByTheFirstPrompts) {
+  encoder_.broken = true;
+  EXPECT_THROW(collect_retain_set(encoder_, {}, RetainSetSize::kSmall, progress_), Error);
+  EXPECT_LT(encoder_.encoded_prompts, 10);
+}
+
 TEST_F(RetainSetTest, CanBeCancelled) {
   testing::CountingProgress cancelled;
   cancelled.cancel_at = 2;

@@ -67,8 +67,9 @@ at::Tensor general_prior_gram(TextEncoder& encoder, GeneralPriorSize size, Progr
     const size_t end = std::min(captions.size(), begin + kPromptsPerCall);
     progress.check();
     const std::vector<std::string> batch(captions.begin() + begin, captions.begin() + end);
-    sum.add(encoder.encode(batch).reshape({-1, d}).to(at::kCPU),
-            1.0 / static_cast<double>(captions.size()));
+    const at::Tensor read = encoder.encode(batch).reshape({-1, d}).to(at::kCPU);
+    check_embeddings(read);
+    sum.add(read, 1.0 / static_cast<double>(captions.size()));
     progress.report(static_cast<int64_t>(end), static_cast<int64_t>(captions.size()));
   }
   const at::Tensor gram = sum.finish();

@@ -52,6 +52,7 @@ class BatchEncoder {
           part.size(1) != encoder_.window() || part.size(2) != encoder_.width()) {
         throw Error("the text encoder returned embeddings of an unexpected shape");
       }
+      check_embeddings(part);
       take(part.to(at::kCPU, at::kFloat).contiguous(), static_cast<int64_t>(begin));
       progress_.report(++done_, total_);
     }

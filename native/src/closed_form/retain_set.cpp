@@ -144,6 +144,7 @@ ReadPhrases read_phrases(TextEncoder& encoder, const std::vector<std::string>& p
     const at::Tensor read = encoder.encode({begin, end})
                                 .to(at::kCPU, at::kFloat)
                                 .unflatten(0, {-1, kRetainPrompts});  // [phrases, prompts, T, d]
+    check_embeddings(read);
     last.push_back(read.narrow(1, 0, static_cast<int64_t>(kPlainTemplates.size()))
                        .select(2, read.size(2) - 1)
                        .to(at::kDouble)

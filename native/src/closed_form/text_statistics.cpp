@@ -77,6 +77,13 @@ void TextStatistics::add(const TextStatistics& other, double scale) {
   shift.add_(other.shift, scale);
 }
 
+void check_embeddings(const at::Tensor& embeddings) {
+  if (std::isfinite(embeddings.sum(at::kDouble).item<double>())) return;
+  throw Error(
+      "the text encoder returns NaN or infinity; load an undamaged checkpoint, or another text "
+      "encoder");
+}
+
 void add_gram_upper(at::Tensor& upper, const at::Tensor& rows, double weight) {
   add_product_upper(upper, rows, rows, weight);
 }

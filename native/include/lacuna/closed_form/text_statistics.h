@@ -22,6 +22,10 @@ struct TextStatistics {
   void add(const TextStatistics& other, double scale = 1.0);
 };
 
+// Throws Error unless every number of what a text encoder returned is finite: asked of every batch,
+// because what is read of a damaged encoder takes minutes.
+void check_embeddings(const at::Tensor& embeddings);
+
 // Products of text embeddings, as accurate as float64 for half its cost or less.
 //
 // Text embeddings hold nearly all of their energy in a few dozen directions, and a product in
