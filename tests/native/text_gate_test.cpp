@@ -137,6 +137,16 @@ TEST_F(TextGateTest, SaysWhatItCannotTellApart) {
   EXPECT_TRUE(opened(fitted, {"a photo of owl"}).front());
 }
 
+TEST_F(TextGateTest, SaysThatItCannotTellWordsOfEveryPrompt) {
+  concepts_[1].target = "photo";
+  retained_ = collect_retain_set(encoder_, concepts_, RetainSetSize::kSmall, progress_);
+  const FittedGate fitted = fit_gate(encoder_, concepts_, {}, retained_, progress_);
+  ASSERT_FALSE(fitted.confused.empty());
+  EXPECT_EQ(fitted.confused.front().find("'photo' from 'a photo of "), 0u)
+      << fitted.confused.front();
+  for (const std::string& each : fitted.confused) EXPECT_EQ(each.find("'owl' from"), each.npos);
+}
+
 // What the closed form has read is not read again, and nothing at all of a concept that is known.
 TEST_F(TextGateTest, NothingIsReadTwice) {
   encoder_.fingerprint_ = "encoder";

@@ -115,6 +115,22 @@ at::Tensor named_beside(const PhraseRows& stay, const std::vector<NamedPhrase>& 
   return beside;
 }
 
+// A phrase that ordinary prompts are made of ("a", "photo") says nothing of what they are about;
+// `confused` as in FittedGate.
+void name_ordinary_words(const PhraseRows& stay, const std::vector<NamedPhrase>& named,
+                         const at::Tensor& beside, std::vector<std::string>& confused) {
+  constexpr double kOrdinary = 0.25;  // of the prompts
+  const at::Tensor of_prompts = beside.flatten(0, 1).to(at::kDouble);
+  const auto [says, first] = of_prompts.max(0);
+  const at::Tensor share = of_prompts.mean(0);
+  for (size_t k = 0; k < named.size(); ++k) {
+    const auto column = static_cast<int64_t>(k);
+    if (share[column].item<double>() < kOrdinary) continue;
+    const auto prompt = static_cast<size_t>(first[column].item<int64_t>());
+    confused.push_back(shown(named[k].phrase) + " from " + shown(stay.prompts[prompt]));
+  }
+}
+
 // [k, k]: phrases of the same concept.
 at::Tensor same_concept(const std::vector<NamedPhrase>& named) {
   std::vector<int64_t> items;
@@ -276,6 +292,7 @@ FittedGate fit_gate(TextEncoder& encoder, const std::vector<Concept>& concepts,
       read_named_phrases(encoder, concepts, retained.vocabulary, cache, progress);
   const at::Tensor beside = named_beside(stay, named, progress);
   FittedGate fitted;
+  name_ordinary_words(stay, named, beside, fitted.confused);
   TextGate gate;
   gate.window = encoder.window();
   gate.tests.push_back(token_test(encoder, stay, named, beside, fitted.confused, progress));
